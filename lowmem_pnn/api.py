@@ -95,7 +95,7 @@ def fit(
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
     Returns:
-        What `result.json` says. The trained weights are in `result.weights_file`.
+        What `result.json` says, with absolute paths. The trained weights are in `result.weights_file`.
 
     Raises:
         LowMemError: a subclass that says what was wrong; `exit_code` is the command's.
@@ -131,6 +131,7 @@ def fit(
             display.message(note)
         result = begin(asked.config, asked.folder, open_inputs, overwrite=overwrite, process=process)
     assert result is not None, "one process trains all partitions"
+    result = result.moved_to(Path(result.workdir).absolute())  # the folder of this process may be another one later
     remember(result.workdir, model)
     if isinstance(model, torch.nn.Module):
         try:
@@ -199,7 +200,9 @@ def evaluate(
     metrics: OwnMetrics | None = None,
     max_gpu_mem: str | int | None = None,
     device: str | None = None,
+    skip_broken: bool = False,
     trust: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Measure the weights of a finished run on its test data, or on any other, within its budget or another.
 
@@ -211,11 +214,13 @@ def evaluate(
         metrics: metrics of one's own, as for `fit`.
         max_gpu_mem: another budget than the run's.
         device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
+        skip_broken: leave out samples of `data` that cannot be used.
         trust: run code that the run names for its model, data or loss (`file.py:factory`).
+        display: is told what is measured, and which scores are left out; None shows it in a terminal and in a notebook.
 
     Returns:
-        `test_loss`, and by task `test_accuracy`, `test_f1` and others; see `Result.scores`. Balanced class weights, which follow from the
-        training data, are left out of the loss on other data.
+        `test_loss`, and by task `test_accuracy`, `test_f1` and others, as far as they are finite; see `Result.scores`. Balanced class
+        weights, which follow from the training data, are left out of the loss on other data.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
@@ -232,7 +237,17 @@ def evaluate(
         True
     """
     own = Own(loss, metrics or {})
-    return evaluate_run(folder_of(run), data, model=model, own=own, max_gpu_mem=max_gpu_mem, device=device, trust=trust)
+    return evaluate_run(
+        folder_of(run),
+        data,
+        model=model,
+        own=own,
+        max_gpu_mem=max_gpu_mem,
+        device=device,
+        skip_broken=skip_broken,
+        trust=trust,
+        display=display,
+    )
 
 
 def predict(
@@ -300,8 +315,8 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
 
     Args:
         run: the run's folder, which need not be writable, or its result.
-        model: a model of the class that was trained, which is changed, or what builds it; None builds what the run names, or what it was
-            started with in this process.
+        model: a model of the class that was trained, or what builds it; None builds what the run names, or what it was started with in
+            this process. A model is changed, and may not be the one that is returned (with adapters): go on with that one.
         trust: run code that the run names for its model (`file.py:factory`).
 
     Returns:

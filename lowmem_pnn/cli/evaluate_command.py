@@ -22,6 +22,7 @@ from lowmem_pnn.cli.output import print_result, stdout_is_ours
     ),
 )
 @place_options
+@click.option("--skip-broken", is_flag=True, help="Leave out samples of --data that cannot be used.")
 @trust_option
 @output_options
 def evaluate(
@@ -29,6 +30,7 @@ def evaluate(
     data: str | None,
     max_gpu_mem: str | None,
     device: str | None,
+    skip_broken: bool,
     trust: bool,
     as_json: bool,
     quiet: bool,
@@ -36,9 +38,20 @@ def evaluate(
 ) -> None:
     """Measure the weights of a finished run on its test data, or on other data, within its memory budget."""
     with stdout_is_ours():
-        from lowmem_pnn.api import evaluate as evaluate_run
+        from rich.console import Console
 
-        scores = evaluate_run(run, data, max_gpu_mem=max_gpu_mem, device=device, trust=trust)
+        from lowmem_pnn.api import evaluate as evaluate_run
+        from lowmem_pnn.reporting.progress import Display, TerminalDisplay
+
+        scores = evaluate_run(
+            run,
+            data,
+            max_gpu_mem=max_gpu_mem,
+            device=device,
+            skip_broken=skip_broken,
+            trust=trust,
+            display=Display() if quiet else TerminalDisplay(Console(stderr=True)),
+        )
     print_result(json.dumps(scores) if as_json else _numbers(scores))
 
 

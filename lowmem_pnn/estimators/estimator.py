@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import nn
 
 from lowmem_pnn.api import fit, predict
+from lowmem_pnn.config.code import names_code
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.inference.load import remember
 from lowmem_pnn.memory.available import is_share
 
 _HIDDEN = 128
 # Parameters that are options of `fit` under the same names; None leaves them to its defaults.
-_OPTIONS = ("method", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "device", "val_fraction")
+_OPTIONS = (
+    "max_gpu_mem", "method", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "device", "val_fraction", "verbose",
+)  # fmt: skip
 
 # What scikit-learn's check of samples keeps of them.
 _COLUMNS = ("n_features_in_", "feature_names_in_")
@@ -47,7 +50,7 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         device: `auto`, `cpu` or `cuda`.
         val_fraction: part of the samples that is measured after each epoch, and not learnt.
         random_state: seed of initial weights and of the order of samples, as in scikit-learn.
-        options: other options of `fit` by name, which count before the parameters.
+        options: other options of `fit` by name, which count before the parameters; with a loss of your own, it says what is learnt of y.
         workdir: folder in which each fit leaves its run; None has a temporary folder, which goes with the estimator, and is pickled with it.
         verbose: whether progress is shown.
 
@@ -105,24 +108,25 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
     def _train(self, x: npt.NDArray[Any], y: npt.NDArray[Any], num_outputs: int, task: str) -> None:
         """Train a run of its own on checked samples x (N, ...) and targets y (N,) or (N, values)."""
         builder = self._named_or_built(x, num_outputs)
-        given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
-        given["task"] = task  # values that are whole numbers look like classes
+        if taken := [name for name in ("model", "train") if name in (self.options or {})]:
+            raise ConfigError(f"options has {taken[0]!r}, which is given to the estimator itself; leave it out of options")
+        given = {name: value for name in _OPTIONS if (value := self._asked(name)) is not None}
+        if not _is_own_loss(self._asked("loss")):
+            given["task"] = task  # values that are whole numbers look like classes
         given["seed"] = int(check_random_state(self.random_state).randint(2**31 - 1))
-        temporary = None
-        if self.workdir is None:
+        temporary, kept_in = None, self._asked("workdir")
+        if kept_in is None:
             temporary = _TemporaryFolder()
             folder = temporary.path
         else:
-            Path(self.workdir).mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix="fit-", dir=self.workdir))
-        result = fit(
-            builder,
-            (x, y),
-            max_gpu_mem=self.max_gpu_mem,
-            workdir=folder,
-            verbose=self.verbose,
-            **{**given, **(self.options or {})},
-        )
+            Path(kept_in).mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="fit-", dir=kept_in)).absolute()
+        try:
+            result = fit(builder, (x, y), **{**given, **(self.options or {}), "workdir": folder})
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was begun
+            raise
         # A model is remembered as long as this estimator is there: a search makes a copy of it for each of its fits.
         remember(folder, builder, weakly=True)
         # Only now: where a fit fails, what was fitted before stays.
@@ -130,6 +134,10 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         self._temporary = temporary
         self._folder = folder
         self.result_ = result
+
+    def _asked(self, name: str) -> Any:
+        """Return the value of an option of `fit`; None where it was left out."""
+        return (self.options or {}).get(name, getattr(self, name, None))
 
     def _named_or_built(self, x: npt.NDArray[Any], num_outputs: int) -> Any:
         model = self.model
@@ -149,11 +157,15 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         x = self._checked(x, reset=False)
         model = None if isinstance(self._builder, str) else self._builder
         # The machine may be another by now: what was set since counts. A share is of what was free when it was fitted.
-        budget = None if is_share(self.max_gpu_mem) else self.max_gpu_mem
-        device = (self.options or {}).get("device", self.device)
+        asked = self._asked("max_gpu_mem")
+        budget = None if is_share(asked) else asked
+        device = self._asked("device")
         # Code that the run names is what the parameters of this estimator name.
         found = predict(self._folder, x, model=model, max_gpu_mem=budget, device=device, trust=True)
-        outputs: npt.NDArray[Any] = found["scores"] if "scores" in found else found["outputs"]
+        outputs: npt.NDArray[Any] | None = found.get("scores", found.get("outputs"))
+        if outputs is None:
+            names = " and ".join(name for name in found if name != "targets")
+            raise ConfigError(f"the model gives {names}, and an estimator predicts by one tensor; give a model that gives one")
         return outputs
 
     def _checked(self, x: Any, y: Any = "no_validation", **how: Any) -> Any:
@@ -214,6 +226,11 @@ class _Call:
 
     def __call__(self) -> nn.Module:
         return self._build(**self._sizes)
+
+
+def _is_own_loss(loss: Any) -> bool:
+    """Whether a loss is the user's own: a function, or the name of one."""
+    return callable(loss) or (isinstance(loss, str) and names_code("loss", loss))
 
 
 def _writable(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

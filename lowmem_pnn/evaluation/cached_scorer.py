@@ -23,7 +23,7 @@ from lowmem_pnn.evaluation.generation import PartitionScorer
 from lowmem_pnn.evaluation.text_forms import Continuation, TextForm
 from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.model.python_state import write_state
+from lowmem_pnn.model.python_state import write_by_name
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.seeds import seeded
 from lowmem_pnn.sources.imports import one_line
@@ -215,10 +215,7 @@ class CachedScorer:
             model = copy_structure(model, tensors)
         except LowMemError as error:
             raise CacheFault(str(error)) from error
-        modules = {name for name, _ in model.named_modules()}
-        state = self._run.state.module_state
-        places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in state)]
-        write_state(model, [place for place in places if place[0] in modules], state)
+        write_by_name(model, self._run.state.module_state)
         set_mode(model, False)
         return model
 

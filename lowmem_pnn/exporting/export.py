@@ -108,10 +108,10 @@ def export_exit(
     if to == "safetensors":
         difference: float | None = _export_weights(workload, last, path, folder)
         return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": difference}
-    if to is not None:
-        tensors = {chain.owner_of(name): tensor for name, tensor in _wanted(chain, last).items()}
-        check_format(to, sum(tensor.nbytes for tensor in tensors.values()), workload.config.max_gpu_mem)
+    whole = {chain.owner_of(name): tensor for name, tensor in _wanted(chain, last).items()}
+    check_format(to, sum(tensor.nbytes for tensor in whole.values()), workload.config.max_gpu_mem)
     _fill(workload, last, path)
+    chain.set_python_state({**chain.python_state, **result.module_state})
     inputs, several = chain.boundaries[0], len(chain.boundaries[0]) > 1 or chain.output_form is not None
     model = (SeveralTensorsModel if several else ExitModel)(chain, last).eval()
     program = make_program(model, inputs, f"the model of {path}")

@@ -49,11 +49,11 @@ def check_name(to: str | None) -> None:
         raise ConfigError(f"--to {to!r} is none of {', '.join(known)}{suggest(to, list(known))}")
 
 
-def check_format(to: FileFormat, weight_bytes: int, budget_bytes: int) -> None:
+def check_format(to: FileFormat | None, weight_bytes: int, budget_bytes: int) -> None:
     """Refuse a format that cannot be written here, before anything is built for it.
 
     Args:
-        to: the format.
+        to: the format; None for a program and its weights.
         weight_bytes: bytes of the model's weights and buffers.
         budget_bytes: memory budget of the run.
 
@@ -71,11 +71,13 @@ def check_format(to: FileFormat, weight_bytes: int, budget_bytes: int) -> None:
                 raise ConfigError(
                     f"--to onnx needs {package}, which is not installed; run: pip install 'lowmem-pnn[onnx]'"
                 ) from error
-    needed = _COPIES[to] * weight_bytes
+    copies = _COPIES[to or "pt2"]
+    needed = copies * weight_bytes
     if needed > budget_bytes:
+        what = "export without --to" if to is None else f"--to {to}"
         raise BudgetError(
-            f"--to {to} needs the model whole in memory, {_COPIES[to]} times its {format_bytes(weight_bytes)} ({needed:,} bytes), above the "
-            f"run's budget of {format_bytes(budget_bytes)}; give --to safetensors",
+            f"{what} needs the model whole in memory, {copies} times its {format_bytes(weight_bytes)} ({needed:,} bytes), above the run's "
+            f"budget of {format_bytes(budget_bytes)}; give --to safetensors",
             needed,
         )
     if to == "onnx" and weight_bytes > _MOST_ONNX_BYTES:
@@ -131,20 +133,33 @@ def largest_difference(
         inputs: shape and type of each tensor of a sample.
         file: path of the file.
         to: format of the file.
-        names: names of the inputs in the file, where the format has such.
+        names: names of the inputs.
 
     Returns:
-        The largest difference between two outputs; None where what reads the format is not installed.
+        The largest difference between two outputs, 0 where both are no number; None where what reads the format is not installed.
     """
     generator = torch.Generator().manual_seed(0)
-    # Of tokens only the first is sure to be known.
-    tensors = [torch.rand(_SAMPLES, *spec.shape, generator=generator).to(spec.dtype) for spec in inputs]
+    tensors = [_example(spec, name, generator) for spec, name in zip(inputs, names, strict=True)]
     run = _reader(file, to, names)
     if run is None:
         return None
     with torch.no_grad():
         pairs = zip(_as_tuple(model(*tensors)), _as_tuple(run(*tensors)), strict=True)
-        return max(float((one.double() - other.double()).abs().max()) for one, other in pairs if one.numel())
+        return max((_difference(one.double(), other.double()) for one, other in pairs if one.numel()), default=0.0)
+
+
+def _example(spec: TensorSpec, name: str, generator: torch.Generator) -> Tensor:
+    """Return values for an input; of integers those that are sure to be known: the first token, and masks that hide nothing."""
+    shape = (_SAMPLES, *spec.shape)
+    if not spec.dtype.is_floating_point and name.endswith("mask"):
+        return torch.ones(shape, dtype=spec.dtype)
+    return torch.rand(shape, generator=generator).to(spec.dtype)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors; the largest number where only one of them has a value that is not finite."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return float((one - other).abs().nan_to_num(torch.finfo(one.dtype).max).masked_fill(same, 0.0).max())
 
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:

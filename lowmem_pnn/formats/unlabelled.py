@@ -22,7 +22,7 @@ from lowmem_pnn.sources.image_folder import (
     look_at,
     named_parts,
 )
-from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch, refuse_skipping
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
@@ -83,7 +83,7 @@ def open_images(
             continue
         own = [headers[path] for path in kept.paths]
         used += own
-        labels = _classes_of(kept, classes)
+        labels, notes = _classes_of(kept, classes)
         split = ImageFolderSplit(
             part.folder,
             kept.paths,
@@ -94,7 +94,7 @@ def open_images(
             input_form,
             resize,
         )
-        split.skipped = {str(path): broken[path] for path in part.paths if path in broken}
+        split.skipped, split.notes = {str(path): broken[path] for path in part.paths if path in broken}, notes
         parts[name] = split, labels is not None
     first = next(iter(parts.values()))[0]
     return parts, ", ".join(first.preprocessing.steps_after(words_of(used)))
@@ -113,11 +113,18 @@ def _named_parts(folder: Path) -> dict[str, Path]:
     return named
 
 
-def _classes_of(part: ImagePart, classes: Sequence[str]) -> tuple[int, ...] | None:
-    """Return the class number of each image, by the folder below the part's that it is in; None where some are in no such folder."""
+def _classes_of(part: ImagePart, classes: Sequence[str]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """Return the class number of each image, by the folder below the part's that it is in; None where some are in no such folder.
+
+    Where others are, it is said which are not.
+    """
     numbers = {name: number for number, name in enumerate(classes)}
-    found = [numbers.get(path.relative_to(part.folder).parts[0]) for path in part.paths]
-    return None if None in found else tuple(number for number in found if number is not None)
+    places = [path.relative_to(part.folder).parts[0] for path in part.paths]
+    if unknown := [place for place in places if place not in numbers]:
+        which = f"{unknown[0]!r} is called as no class of the training data is{did_you_mean(unknown[0], list(classes))}"
+        left = (f"targets of {part.folder} are left aside: {which}",)
+        return None, left if len(unknown) < len(places) else ()
+    return tuple(numbers[place] for place in places), ()
 
 
 def open_npz(

@@ -20,6 +20,9 @@ from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import TargetKind
 
+BESIDE_OUTPUTS = ("targets", "classes", "files", "samples")
+"""Arrays that may stand beside the outputs of a model."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -121,7 +124,7 @@ class ArrayWriter:
             np.save(self._folder / "classes.npy", np.array(list(answers.classes)))
         if (files := answers.samples.files(np.arange(len(answers.samples)))) is not None:
             np.save(self._folder / "files.npy", np.array(files))
-        elif answers.samples.skipped and "samples" not in answers.outputs:
+        elif answers.samples.skipped:
             np.save(self._folder / "samples.npy", answers.samples.places)
 
     def close(self) -> None:

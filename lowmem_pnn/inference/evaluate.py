@@ -1,6 +1,7 @@
 """Evaluation: the scores of a finished run's weights, on the test part of its own data, or on data that are given."""
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lowmem_pnn.inference.other_machine import options_here
 from lowmem_pnn.inference.samples import open_samples
 from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.run.finished import FinishedRun
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_metrics, check_plan, check_same_data
@@ -25,7 +27,7 @@ from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own
 from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.training.lifecycle import score
+from lowmem_pnn.training.lifecycle import finite_scores, score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.inputs import Inputs, Model, python_inputs, without_weights
@@ -40,10 +42,15 @@ def evaluate_run(
     own: Own,
     max_gpu_mem: str | int | None = None,
     device: str | None = None,
+    skip_broken: bool = False,
     trust: bool,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Measure a finished run's weights; arguments are those of `lowmem_pnn.evaluate`, with loss and metrics as `own`."""
-    with opened_run(path) as (rundir, threads, finished):
+    if skip_broken and data is None:
+        raise ConfigError("--skip-broken is for data that is given (--data NAME): the run's own is read as it was; leave it out")
+    display = default_display(None) if display is None else display
+    with closing(display), opened_run(path) as (rundir, threads, finished):
         finished = dataclasses.replace(finished, config=options_here(finished.config, max_gpu_mem, device))
         config, state, model = finished.config, finished.state, given_model(path, model)
         named = {**({} if model is None else {"model": config.model}), **({} if own.loss is None else {"loss": config.loss})}
@@ -56,7 +63,9 @@ def evaluate_run(
                 f"lowmem_pnn.evaluate({str(path)!r}, loss=...)"
             )
         config, inputs = (
-            _given(finished, path, data, model, own) if data is not None else (config, _own(config, path, model, own))
+            (config, _own(config, path, model, own))
+            if data is None
+            else _given(finished, path, data, model, own, skip_broken=skip_broken, display=display)
         )
         planned = Plan.from_json(state.plan)
         check_metrics(state, own.metrics, path)
@@ -79,12 +88,13 @@ def evaluate_run(
             opened_device.enforce()
             rundir.clear()
             with rundir.scratch() as folder:
-                session = Session(opened_device, rundir, threads, scratch=folder)
+                session = Session(opened_device, rundir, threads, display, scratch=folder)
                 trained = path / "model.safetensors"
                 weights = build_weights(
                     workload, plan, folder / "weights", session.counter, trained, metered=opened_device.metered
                 )
-                return with_prefix("test", score(Run(session, workload, plan, weights, state)))
+                measured = score(Run(session, workload, plan, weights, state))
+                return with_prefix("test", finite_scores(measured, "test", display))
 
 
 def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs:
@@ -106,14 +116,19 @@ def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs
     return inputs
 
 
-def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, own: Own) -> tuple[FitConfig, Inputs]:
+def _given(
+    finished: FinishedRun, path: Path, data: Any, model: Model | None, own: Own, *, skip_broken: bool, display: Display
+) -> tuple[FitConfig, Inputs]:
     """Open data that are given, as the run has shown samples to its model."""
     config, form = finished.config, form_of(finished, path)
     source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.evaluate({str(path)!r}, data")
     options = TargetOptions(TASK_OF[form.targets.kind], config.ignore_index)
-    opened = open_samples(data, None, config, form, source, finished.result.preparation, options, scored=True)
+    prepared_by = finished.result.preparation
+    opened = open_samples(data, None, config, form, source, prepared_by, options, skip_broken=skip_broken, scored=True)
     if not opened.split.labelled:
-        raise DataError(f"{opened.words}, have no targets to evaluate {path} on; give samples and targets, or predict them")
+        why = "".join(f" ({note})" for note in opened.split.notes)
+        raise DataError(f"{opened.words}, have no targets to evaluate {path} on{why}; give samples and targets, or predict them")
+    opened.tell(display, finished.result)
     weights = (form.class_weights or None) if config.class_weights == "balanced" else config.class_weights
     config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)
     # A loss of the user's own is tried on samples first.

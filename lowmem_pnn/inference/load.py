@@ -12,7 +12,7 @@ from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
-from lowmem_pnn.model.python_state import write_state
+from lowmem_pnn.model.python_state import write_by_name
 from lowmem_pnn.pretrained.model_file import kept_in_fp32, load_into
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import FinishedRun, open_finished
@@ -87,9 +87,7 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
             if config.lora is not None or {config.frozen_form, config.weights_dtype} != {"fp32"}:
                 built = prepared(built, config, unstored=kept_in_fp32(path / "model.safetensors"))
         load_into(built, path / "model.safetensors")
-    modules = {name for name, _ in built.named_modules()}
-    places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in result.module_state)]
-    write_state(built, [place for place in places if place[0] in modules], result.module_state)
+    write_by_name(built, result.module_state)
     return built.eval()
 
 

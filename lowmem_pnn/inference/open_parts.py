@@ -21,6 +21,8 @@ from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, files_of, pla
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.workload.data_form import DataForm
 
+_Tensors = tuple[tuple[int, ...], torch.dtype]
+
 
 @dataclass(frozen=True)
 class OpenPart:
@@ -178,6 +180,9 @@ def _fitted(part: OpenPart, form: DataForm, name: str) -> OpenPart:
         hint = "; give data of one form"
         if len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3:
             hint = f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)"
+        elif part.structure == form.structure and (length := _other_length(part.inputs, wanted)) is not None:
+            hint = f"; have collate_fn, or the tokenizer, bring them to {length} (padding='max_length', max_length={length}, truncation=True)"
+            hint += ", or give them to fit (test=), which pads all parts alike"
         raise DataError(f"{name} has samples of shape {found}, and the run was trained on samples of shape {form}{hint}")
     own, targets = form.targets, part.targets
     if part.labelled and own.kind != "own" and (own.kind, own.shape) != (targets.kind, targets.shape):
@@ -189,6 +194,19 @@ def _fitted(part: OpenPart, form: DataForm, name: str) -> OpenPart:
         return part  # of tokens the model may know more than the training data showed
     renumbered = class_numbers(name, (part.classes, targets), (form.classes, own))
     return part if renumbered is None else dataclasses.replace(part, split=RenumberedSplit(part.split, renumbered))
+
+
+def _other_length(found: Sequence[_Tensors], wanted: Sequence[_Tensors]) -> int | None:
+    """Return the length that sequences should have; None where these are none, or differ in more than their length."""
+    if [(len(shape), dtype) for shape, dtype in found] != [(len(shape), dtype) for shape, dtype in wanted]:
+        return None
+    pairs = [(shape, own) for (shape, _), (own, _) in zip(found, wanted, strict=True) if shape != own]
+    # A sample of floats is a sequence where each of its elements is several numbers.
+    are_sequences = any(not dtype.is_floating_point for _, dtype in found) or all(len(own) > 1 for _, own in pairs)
+    if not are_sequences or any(shape[1:] != own[1:] for shape, own in pairs):
+        return None
+    lengths = {own[0] for _, own in pairs}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _join(pieces: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:

@@ -14,19 +14,27 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
-from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
+from lowmem_pnn.inference.answers import (
+    BESIDE_OUTPUTS,
+    Answers,
+    AnswerWriter,
+    ArrayWriter,
+    MaskWriter,
+    TableWriter,
+    pack_arrays,
+    read_arrays,
+)
 from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.other_machine import options_here
 from lowmem_pnn.inference.places import Place, writing_faults
-from lowmem_pnn.inference.samples import Opened, PartName, open_samples
+from lowmem_pnn.inference.samples import PartName, open_samples
 from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
@@ -78,7 +86,7 @@ def predict_run(
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
         options = TargetOptions(TASK_OF[form.targets.kind], config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
-        _tell(display, opened, finished.result)
+        opened.tell(display, finished.result)
         config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)
         # Arrays that are given back are read when the budget's limit is lifted.
         folder = stack.enter_context(_temporary() if place is None else place.writing())
@@ -125,16 +133,6 @@ def _not_run(config: FitConfig, data: Any, model: Model | None) -> dict[str, Any
     return named if data is None else {**named, "data": config.data, "val_data": "", "test_data": ""}
 
 
-def _tell(display: Display, opened: Opened, result: Result) -> None:
-    display.message(f"data: {opened.words}")
-    if skipped := opened.split.skipped:
-        display.message(describe_skipped(list(skipped), len(skipped)))
-    for note in opened.split.notes:
-        display.message(note)
-    if not result.preprocessing.startswith(opened.preprocessing):
-        display.message(f"samples: {opened.preprocessing}; in training they were: {result.preprocessing}")
-
-
 def _answers(workload: Workload, form: DataForm, result: Result, samples: SamplesToPredict) -> Answers:
     """Return what the model answers."""
     specs, task, kind = workload.chain.boundaries[-1], workload.task, form.targets.kind
@@ -146,11 +144,18 @@ def _answers(workload: Workload, form: DataForm, result: Result, samples: Sample
 
 
 def _output_names(chain: Chain) -> list[str]:
-    """Return names of what a model returns: `outputs`, or those that it gives to each tensor."""
+    """Return names of what a model returns: `outputs`, or those that it gives to each tensor, as far as they can name a file of answers."""
     form = chain.output_form
     if form is None or len(form.names) == 1:
         return ["outputs"]
-    return [f"output_{name}" if name.isdecimal() else name for name in form.names]
+    names: list[str] = []
+    for given in form.names:
+        name = given.replace("/", "_")
+        name = f"output_{name}" if name.isdecimal() or name in BESIDE_OUTPUTS else name
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 class _Writer:

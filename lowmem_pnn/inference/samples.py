@@ -19,6 +19,9 @@ from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
 from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
 from lowmem_pnn.language.tokenizer import check_trained_by
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import FRAME_COLUMNS, Dataset, check_columns
 from lowmem_pnn.sources.datasets import find_dataset
@@ -54,6 +57,21 @@ class Opened:
     split: SamplesToPredict
     words: str
     preprocessing: str
+
+    def tell(self, display: Display, result: Result) -> None:
+        """Tell people of the samples, and in what they are others than those of training.
+
+        Args:
+            display: Is told.
+            result: Result of the run.
+        """
+        display.message(f"data: {self.words}")
+        if skipped := self.split.skipped:
+            display.message(describe_skipped(list(skipped), len(skipped)))
+        for note in self.split.notes:
+            display.message(note)
+        if not result.preprocessing.startswith(self.preprocessing):
+            display.message(f"samples: {self.preprocessing}; in training they were: {result.preprocessing}")
 
 
 def open_samples(

@@ -237,6 +237,18 @@ def write_state(model: nn.Module, attributes: Iterable[Attribute], state: Mappin
             own.pop(attribute, None)
 
 
+def write_by_name(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Set all attributes that `read_state` returned, but for those of modules that a model does not have.
+
+    Args:
+        model: any module.
+        state: values by module and attribute.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    places = [(module, attribute) for module, _, attribute in (name.rpartition(".") for name in state)]
+    write_state(model, [place for place in places if place[0] in modules], state)
+
+
 def read_changed(model: nn.Module, first: Mapping[Attribute, Any]) -> dict[str, Any]:
     """Return those of some attributes that are not what they were at first, as `read_state` does; what cannot be kept is left out.
 

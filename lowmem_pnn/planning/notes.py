@@ -1,7 +1,7 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -10,7 +10,6 @@ from lowmem_pnn.adapters.prepared_model import adapter_modules, frozen_head_note
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device
-from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.disk_footprint import num_evaluated_samples
@@ -22,7 +21,7 @@ from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_notes import data_notes
-from lowmem_pnn.zoo.ready_model import is_inside_compiled
+from lowmem_pnn.workload.model_notes import model_notes, moving_tensors
 
 _MOST_NAMES = 3
 
@@ -54,8 +53,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
-        *idle_notes(request.workload),
-        *own_way_notes(request.workload),
+        *model_notes(request.workload),
         *metric_notes(request.workload),
         *precision_notes(request.workload.config),
         *tier_notes(request.workload, request.device),
@@ -81,19 +79,6 @@ def metric_notes(workload: Workload) -> list[str]:
     ]
 
 
-def idle_notes(workload: Workload) -> list[str]:
-    """Return which parameters stay as they are, since no gradient comes to them.
-
-    Args:
-        workload: model, data and method.
-    """
-    idle = workload.bare.idle
-    if not idle:
-        return []
-    more = f" and {len(idle) - 1} more parameters get" if len(idle) > 1 else " gets"
-    return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
-
-
 def vocabulary_notes(workload: Workload, plan: Plan) -> list[str]:
     """Return which gradients are made in pieces, since the budget does not hold them as a whole.
 
@@ -109,26 +94,6 @@ def vocabulary_notes(workload: Workload, plan: Plan) -> list[str]:
         f"scores and gradient of the last layer ({workload.chain.layers[-1].name!r}) are made {plan.vocabulary_tile} classes at a time, since "
         "the budget does not hold them: sums are rounded otherwise than in plain PyTorch, and one product in four is computed twice"
     ]
-
-
-def own_way_notes(workload: Workload) -> list[str]:
-    """Return which of the model's own ways to be run are left out, and in what that differs: a compiler around it, and checkpointing.
-
-    Args:
-        workload: model, data and method.
-    """
-    notes, layers = [], workload.bare.layers
-    if any(is_inside_compiled(name) for layer in layers for name in layer.parameters()):
-        notes.append(
-            "torch.compile around the model is taken off: its layers run as they are written, which rounds otherwise in the last bits; "
-            "--compile compiles them one by one"
-        )
-    if any(layer.checkpoints for layer in layers):
-        notes.append(
-            "the model's own activation checkpointing (torch.utils.checkpoint) is left out: layers are computed again as the plan says; each "
-            "forward counts once in a BatchNorm's statistics, where PyTorch's checkpointing counts twice"
-        )
-    return notes
 
 
 def adapter_notes(workload: Workload) -> list[str]:
@@ -370,7 +335,7 @@ def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
             continue
         layers = workload.chain.layers[part.start : part.stop]
         own_hooks = [name for layer in layers for name, hooks in layer.hooks.items() if hooks.see_gradients]
-        own_state = [name for layer in layers for name in (*layer.python_state, *_moving_tensors(layer, workload.chain.moving))]
+        own_state = [name for layer in layers for name in (*layer.python_state, *moving_tensors(layer, workload.chain.moving))]
         if own_hooks or own_state:
             hooked, kept, size, batch = [*hooked, *own_hooks], [*kept, *own_state], micro_batch, part.batch
     samples = f"of {size} of the {batch} samples of a batch, and in plain PyTorch once for all of them"
@@ -385,14 +350,3 @@ def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
         more = f" and {len(kept) - _MOST_NAMES} more" if len(kept) > _MOST_NAMES else ""
         notes.append(f"forwards change {', '.join(map(repr, kept[:_MOST_NAMES]))}{more} once for each micro-batch {samples}")
     return notes
-
-
-def _moving_tensors(layer: Layer, moving: Collection[str]) -> list[str]:
-    """Return the parameters and buffers of a layer that a forward changes, but for BatchNorm's."""
-    norms = [
-        f"{name}.{own}"
-        for name, module in layer.module.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for own, _ in module.named_buffers()
-    ]
-    return [name for name in (*layer.parameters(), *layer.buffers()) if name in moving and name not in norms]

@@ -20,6 +20,7 @@ def load_into(model: nn.Module, file: str | Path) -> None:
     """Load weights into a model, strictly: as `model.load_state_dict(safetensors.torch.load_file(file))`.
 
     Versions of modules that the file holds are given to those that ask for them (torchvision's MNASNet), which `load_file` does not do.
+    A model that is not of the file's form stays as it is.
 
     Args:
         model: The model, which is changed.
@@ -45,11 +46,19 @@ def load_into(model: nn.Module, file: str | Path) -> None:
             state._metadata = json.loads(versions)  # type: ignore[attr-defined]
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{str(file)!r} cannot be loaded into {type(model).__name__}: {one_line(error)}") from error
+    differences = _differences(own, state)
+    # What matches is copied before PyTorch raises; yet a model may take names that are not its own.
+    held = (*model.parameters(), *model.buffers()) if differences else ()
+    before = [tensor.detach().clone() for tensor in held]
     try:
         with torch.no_grad():
             model.load_state_dict(state, strict=True)
     except (RuntimeError, ValueError) as error:
-        what = _differences(own, state) or one_line(error)
+        with torch.no_grad():
+            for tensor, values in zip(held, before, strict=True):
+                if not torch.equal(tensor, values):
+                    tensor.copy_(values)
+        what = differences or one_line(error)
         raise CheckpointError(
             f"{str(file)!r} cannot be loaded into {type(model).__name__}: {what}; give the model that was trained"
         ) from error

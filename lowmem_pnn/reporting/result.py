@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.errors import LowMemError
+from lowmem_pnn.model.python_state import write_by_name
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.reporting.page_process import PAGE, write_page_apart
 from lowmem_pnn.reporting.result_fields import ResultFields
@@ -78,7 +79,7 @@ class Result(ResultFields):
         return dataclasses.replace(self, workdir=str(folder), **here)
 
     def load(self, model: nn.Module) -> nn.Module:
-        """Load the trained weights into a model of the class that was trained.
+        """Load the trained weights, and `module_state`, into a model of the class that was trained.
 
         Args:
             model: the model, which is changed.
@@ -87,9 +88,10 @@ class Result(ResultFields):
             The same model.
 
         Raises:
-            CheckpointError: the weights are gone, or not of such a model: all that differs is named.
+            CheckpointError: the weights are gone, or not of such a model: all that differs is named, and the model stays as it is.
         """
         load_into(model, self.weights_file)
+        write_by_name(model, self.module_state)
         return model
 
     def generate(self, prompts: Any, **options: Any) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import hashlib
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.metrics_table import write_metrics_table
 from lowmem_pnn.run.run import Run
@@ -294,15 +296,25 @@ def _scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, dict[st
             layer_accuracies.clear()
             display.message(f"the trained weights are written, but cannot be {_MEASURED[split]}: {error}")
             continue
-        for name, value in measured.items():
-            if not _is_finite(value):
-                display.message(f"{split} {name.replace('_', ' ')} is {value}, and left out of the result")
-        found[split] = {name: value for name, value in measured.items() if _is_finite(value)}
+        found[split] = finite_scores(measured, split, display)
     return found
 
 
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def finite_scores(measured: Mapping[str, Any], split: SplitName, display: Display) -> dict[str, Any]:
+    """Return scores but for those that are no numbers, of which it is said that they are left out.
+
+    Args:
+        measured: scores by name.
+        split: part of the data.
+        display: is told.
+    """
+    found = {}
+    for name, value in measured.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            display.message(f"{split} {name.replace('_', ' ')} is {value}, and left out of the result")
+        else:
+            found[name] = value
+    return found
 
 
 def check_boundary(store: ActivationStore, folder: Path, workload: Workload, plan: Plan) -> None:

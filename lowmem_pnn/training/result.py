@@ -19,10 +19,8 @@ from lowmem_pnn.planning.notes import (
     device_notes,
     fixed_notes,
     frozen_notes,
-    idle_notes,
     micro_batch_notes,
     mixing_notes,
-    own_way_notes,
     pattern_notes,
     precision_notes,
     vocabulary_notes,
@@ -35,6 +33,7 @@ from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.data_notes import data_notes
+from lowmem_pnn.workload.model_notes import model_notes
 from lowmem_pnn.workload.plain_training import plain_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
@@ -150,8 +149,7 @@ def _notes(run: Run) -> list[str]:
         *mixing_notes(workload),
         *([mixed] if mixed is not None else []),
         *micro_batch_notes(workload, plan),
-        *idle_notes(workload),
-        *own_way_notes(workload),
+        *model_notes(workload),
         *precision_notes(workload.config),
         *device_notes(run.session.device),
         *state.changes,

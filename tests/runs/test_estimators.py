@@ -110,17 +110,28 @@ def test_whole_numbers_are_values_to_the_regressor() -> None:
 
 def test_images_reach_the_model_in_their_shape() -> None:
     images = RANDOM.normal(size=(20, 1, 6, 6))
-    model = LowMemClassifier(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 2)), **GIVEN)
+    # Options count before parameters, and a loss of one's own is no task.
+    options = {
+        **GIVEN["options"],
+        "loss": lambda outputs, y: nn.functional.cross_entropy(outputs, y),
+        "max_gpu_mem": "200MB",
+        "verbose": False,
+    }
+    model = LowMemClassifier(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 2)), **{**GIVEN, "options": options})
     assert model.fit(images, np.arange(20) % 2).predict_proba(images).shape == (20, 2)
+    assert (model.result_.budget_bytes, model.result_.task) == (200_000_000, "own")
 
 
-def test_faults_are_said() -> None:
+def test_faults_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="y has one class, yes; a classifier needs two at least"):
         LowMemClassifier(**GIVEN).fit(X, np.full(60, "yes"))
     with pytest.raises(ConfigError, match="model is 3; give a model's name, a model, or a function that builds one"):
         LowMemClassifier(3, **GIVEN).fit(X, Y)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ends in 1 outputs, but the data set has 2 classes"):
-        LowMemClassifier("mlp:4-1", **GIVEN).fit(X, Y)
+        LowMemClassifier("mlp:4-1", workdir=tmp_path, **GIVEN).fit(X, Y)
+    assert list(tmp_path.iterdir()) == [], "a fit that was not begun leaves no folder"
+    with pytest.raises(ConfigError, match="options has 'model', which is given to the estimator itself; leave it out of options"):
+        LowMemClassifier(**{**GIVEN, "options": {"model": "mlp:4-2"}}).fit(X, Y)
     more = LowMemClassifier("mlp:4-3", **GIVEN).fit(X, Y)
     with pytest.raises(ConfigError, match="the model gives 3 scores, and y had 2 classes; give one that gives 2"):
         more.predict(X)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
 from helpers.commands import write_data
-from helpers.displays import StopsAt
+from helpers.displays import StopsAt, Told
 from helpers.simulated import train_on
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, ConfigError, DataError, Stopped
@@ -116,6 +116,12 @@ def test_named_data_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert lowmem_pnn.evaluate(result, frame, model=build) == lowmem_pnn.evaluate(
         result, (frame.drop(columns="y"), frame.y), model=build
     )
+    broken = frame.assign(y=frame.y.astype(object).where(frame.index > 0))
+    with pytest.raises(DataError, match=r"leave (them|the row) out \(--skip-broken\)$"):
+        lowmem_pnn.evaluate(result, broken, model=build)
+    found = lowmem_pnn.evaluate(result, broken, model=build, skip_broken=True, display=(said := Told()))
+    assert found == lowmem_pnn.evaluate(result, frame[1:], model=build)
+    assert said.messages[0] == "data: 39 samples of python:DataFrame"
 
 
 def test_a_loss_of_ones_own(tmp_path: Path) -> None:
@@ -128,6 +134,10 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"with its own loss \(python:loss\), .* lowmem_pnn.evaluate\(.*, loss=...\)$"):
         lowmem_pnn.evaluate(result, data)
     assert lowmem_pnn.evaluate(result, data, loss=loss, metrics=metrics) == as_evaluated(result.scores["test"])
+    none: Any = lambda outputs, targets: loss(outputs, targets) * torch.nan  # noqa: E731
+    left = {name: value for name, value in result.scores["test"].items() if name != "loss"}
+    assert lowmem_pnn.evaluate(result, data, loss=none, metrics=metrics, display=(said := Told())) == as_evaluated(left)
+    assert said.messages[-1] == "test loss is nan, and left out of the result"
 
 
 def test_metrics_are_refused_where_outputs_are_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

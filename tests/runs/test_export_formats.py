@@ -1,5 +1,6 @@
 """After training: trained weights in a model of one's own, models built anew, and exports in each format, which are compared."""
 
+import copy
 import importlib
 import json
 import sys
@@ -81,6 +82,7 @@ def test_weights_are_loaded_into_a_model_of_ones_own(tied: Result) -> None:
 
 def test_all_that_differs_is_named(tied: Result) -> None:
     other = nn.ModuleDict({"embedding": nn.Embedding(12, 9), "inner": nn.Linear(8, 8), "more": nn.Linear(1, 1)})
+    before = copy.deepcopy(other.state_dict())
     with pytest.raises(CheckpointError) as caught:
         tied.load(other)
     assert str(caught.value) == (
@@ -88,6 +90,7 @@ def test_all_that_differs_is_named(tied: Result) -> None:
         "'out.weight', 'spare'; shapes differ: 'embedding.weight' (12, 8) in the file and (12, 9) in the model; give the model that was "
         "trained"
     )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())  # those that fit, too
 
 
 def test_what_holds_no_values_is_refused(tied: Result) -> None:
@@ -116,10 +119,16 @@ def test_a_model_is_built_anew_with_its_weights(tied: Result, elsewhere: Path) -
     )
 
 
-def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(tmp_path: Path) -> None:
+def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = nn.Linear(4, 2)
     x = torch.rand(12, 4)
-    result = package.fit(model, (x, torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = package.fit(model, (x, torch.arange(12) % 2), workdir="run", **SMALL)
+    monkeypatch.chdir("later")
+    assert result.history["epoch"] == [1], "the run is found from elsewhere too"
     loaded = package.load(tmp_path / "run")
     assert torch.equal(loaded.weight, load_file(result.weights_file)["weight"])
     assert torch.equal(model.weight, loaded.weight)
@@ -128,16 +137,21 @@ def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(tmp_
 
 
 def test_python_state_of_modules_comes_back(tmp_path: Path) -> None:
-    class Counts(nn.Linear):
-        calls = 0
+    class Cools(nn.Linear):
+        heat = 1.0
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(x)
+            self.heat = self.heat * 0.5 if self.training else self.heat
+            return super().forward(x) / self.heat
 
-    net = lambda: nn.Sequential(Counts(4, 3), nn.ReLU(), nn.Linear(3, 2))  # noqa: E731
-    result = package.fit(net, (torch.rand(12, 4), torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
-    assert package.load(result).get_submodule("0").calls == result.module_state["0.calls"] > 0
+    net = lambda: nn.Sequential(Cools(4, 3), nn.ReLU(), nn.Linear(3, 2))  # noqa: E731
+    given, x = net(), torch.rand(12, 4)
+    result = package.fit(given, (x, torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
+    assert result.module_state["0.heat"] < 1
+    expected = torch.from_numpy(package.predict(result, x)["scores"])
+    program = torch.export.load(package.export(result, to="pt2")["file"]).module()
+    for model in (package.load(result), result.load(net()).eval(), given.eval(), program):
+        assert torch.allclose(model(x), expected)
 
 
 def test_code_is_run_only_where_it_is_named_or_trusted(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,10 +240,13 @@ def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, 
     formats.check_format("safetensors", 10**12, 1)
     with pytest.raises(ConfigError, match=r"^a file of ONNX holds at most 2 GiB, and the model has 3\.00 GB; give --to pt2$"):
         formats.check_format("onnx", 3 * 10**9, 10**11)
+    with pytest.raises(BudgetError, match=r"^export without --to needs the model whole in memory, 2 times its 60\.0 MB"):
+        formats.check_format(None, 60_000_000, 100_000_000)
     monkeypatch.setattr("lowmem_pnn.exporting.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
     # The tied matrix once: 96 + 64 + 8 values, and the buffer's 8.
-    with pytest.raises(ConfigError, match=r"^pt2 704 100000000$"):
-        package.export(tied, to="pt2")
+    for name in ("pt2", None):
+        with pytest.raises(ConfigError, match=rf"^{name} 704 100000000$"):
+            package.export(tied, to=name)  # type: ignore[arg-type]
 
 
 def _fail(*values: object) -> None:

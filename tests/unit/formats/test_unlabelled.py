@@ -70,9 +70,14 @@ def test_folders_called_as_the_classes_are_give_targets(tmp_path: Path) -> None:
         photo(tmp_path / name)
     split, labelled = open_images(tmp_path, "any", ("ants", "cats", "dogs"))[0]["all"]
     assert (labelled, split.labels(np.arange(2)).tolist(), split.num_classes) == (True, [1, 2], 3)
-    photo(tmp_path / "new" / "3.png")
+    photo(tmp_path / "Ant" / "3.png")
     split, labelled = open_images(tmp_path, "any", ("ants", "cats", "dogs"))[0]["all"]
     assert (labelled, len(split)) == (False, 3)
+    assert split.notes == (
+        f"targets of {tmp_path} are left aside: 'Ant' is called as no class of the training data is; did you mean 'ants'?",
+    )
+    split, labelled = open_images(tmp_path, "any", ("0", "1"))[0]["all"]
+    assert (labelled, split.notes) == (False, ())  # nothing says that the folders are meant as classes
 
 
 def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:

@@ -34,13 +34,22 @@ def generate(**options: Any) -> Any:
     return lowmem_pnn.generate("none", "Once", **options)
 
 
-@pytest.mark.parametrize("call", [predict, generate])
+def evaluate(**options: Any) -> Any:
+    return lowmem_pnn.evaluate("none", ([[1.0]], [0]), **options)
+
+
+@pytest.mark.parametrize("call", [predict, generate, evaluate])
 def test_a_failure_closes_the_display(call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     display = Noting()
     with pytest.raises((CheckpointError, ConfigError)):
         call(display=display)
     assert display.is_closed
+
+
+def test_samples_of_the_runs_own_data_are_not_left_out_afterwards() -> None:
+    with pytest.raises(ConfigError, match=r"^--skip-broken is for data that is given \(--data NAME\): .*; leave it out$"):
+        lowmem_pnn.evaluate("none", skip_broken=True)
 
 
 def fit(**options: Any) -> Any:

@@ -49,6 +49,24 @@ def test_a_label_beyond_the_runs_classes_is_refused_before_it_is_scored() -> Non
         shown(images, masks + 1, form=DataForm.of(make_dataset((images, masks), name="x")))
 
 
+def test_a_length_that_samples_are_to_be_padded_to_is_named() -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    form = DataForm.of(make_dataset(({"ids": ids, "mask": ids}, Y[:3]), name="x"))
+    message = r"have collate_fn, or the tokenizer, bring them to 4 \(padding='max_length', max_length=4, truncation=True\), or give them to"
+    with pytest.raises(DataError, match=message):
+        shown({"ids": ids[:, :3], "mask": ids[:, :3]}, Y[:3], form=form)
+    for other in (
+        {"ids": ids[:, :3], "mask": ids},
+        {"ids": ids[:, :3].float(), "mask": ids},
+        {"ids": ids[..., None], "mask": ids},
+    ):
+        with pytest.raises(DataError, match=r"; (have collate_fn|give data of one form)") as caught:
+            shown(other, Y[:3], form=form)
+        assert ("collate_fn" in str(caught.value)) == (other["ids"].shape == (3, 3) and other["ids"].dtype == torch.int64)
+    with pytest.raises(DataError, match="; give data of one form$"):
+        shown(X[:, :3], Y)
+
+
 def test_tokens_that_the_training_data_did_not_show_are_counted() -> None:
     ids = torch.arange(12).reshape(3, 4)
     form = DataForm.of(make_dataset((ids, ids + 1), name="x"))
