@@ -63,7 +63,7 @@ def test_a_length_that_samples_are_to_be_padded_to_is_named() -> None:
         with pytest.raises(DataError, match=r"; (have collate_fn|give data of one form)") as caught:
             shown(other, Y[:3], form=form)
         assert ("collate_fn" in str(caught.value)) == (other["ids"].shape == (3, 3) and other["ids"].dtype == torch.int64)
-    with pytest.raises(DataError, match="; give data of one form$"):
+    with pytest.raises(DataError, match=r"; give data of one form$"):
         shown(X[:, :3], Y)
 
 
