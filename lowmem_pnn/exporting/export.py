@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.stores.header import describe, lay_out
+from lowmem_pnn.stores.header import TensorLayout, describe, lay_out
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.tensor_file import TensorFile
@@ -120,10 +120,11 @@ def export_exit(
         report |= {"inputs": list(chain.call_form.names), "outputs": list(outputs)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in program.state_dict.items()}
     if to is None:
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         folder.write(
             {
                 "model.pt2": lambda file: torch.export.save(program, file),
-                "model.safetensors": lambda file: _write_tensors(file, tensors),
+                "model.safetensors": lambda file: _write_pieces(file, layout, {"format": "pt"}, lambda name: [tensors[name]]),
             }
         )
         return {**report, "program": str(folder.path / "model.pt2"), "weights": str(folder.path / "model.safetensors")}
@@ -157,36 +158,16 @@ def export_merged(workload: Workload, path: Path, folder: ExportFolder) -> dict[
         ConfigError: there is nothing to merge.
         DiskError: the file could not be written.
     """
-    chain, name_of_file = workload.chain, FILE_OF["safetensors"]
+    chain = workload.chain
     with TensorFile.open(path / "model.safetensors", remedy=DAMAGED) as source:
         merged = MergedWeights(chain, lambda name, elements: source.read(name, None, elements))
         if not merged.changes_something:
             raise ConfigError(
                 f"--merge has no effect here: the run in {path} has no adapters and no stored weights; leave it out"
             )
-        header, entries = lay_out(merged.layout, {"format": "pt", **({VERSIONS_KEY: chain.versions} if chain.versions else {})})
-
-        def write(file: HashedFile) -> None:
-            file.write(header)
-            for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
-                for piece in merged.pieces(entry.name):
-                    file.write(byte_view(piece.contiguous()).data)
-
-        def check(written: Path) -> None:
-            with TensorFile.open(written / name_of_file, remedy=DAMAGED) as again:
-                for name in merged.layout:
-                    begin = 0
-                    for piece in merged.pieces(name):
-                        found = again.read(name, None, slice(begin, begin + piece.numel()))
-                        begin += piece.numel()
-                        if not np.array_equal(byte_view(piece.contiguous()), byte_view(found)):
-                            raise DiskError(
-                                f"{name!r} is not what was written to {folder.path}; check the disk, or give another --out"
-                            )
-
-        folder.write({name_of_file: write}, check)
+        _write_compared(folder, chain, merged.layout, merged.pieces)
     params = sum(math.prod(shape) for _, shape in merged.layout.values())
-    return {"merged": True, "params": params, "file": str(folder.path / name_of_file), "largest_difference": 0.0}
+    return {"merged": True, "params": params, "file": str(folder.path / FILE_OF["safetensors"]), "largest_difference": 0.0}
 
 
 def _wanted(chain: Chain, last: int) -> dict[str, Tensor]:
@@ -219,33 +200,40 @@ def _export_weights(workload: Workload, last: int, path: Path, folder: ExportFol
                 names = source.entries if whole and file.name != HEADS_FILE else owners & set(source.entries)
                 homes |= {name: homes.get(name, source) for name in sorted(names)}
         layout = {name: (home.entries[name].dtype, tuple(home.entries[name].shape)) for name, home in homes.items()}
-        metadata = {"format": "pt", **({VERSIONS_KEY: chain.versions} if chain.versions else {})}
-        header, entries = lay_out(layout, metadata)
+        _write_compared(folder, chain, layout, lambda name: [homes[name].read(name)])
+    return 0.0
 
-        def write(file: HashedFile) -> None:
-            file.write(header)
-            for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
-                file.write(byte_view(homes[entry.name].read(entry.name)).data)
 
-        def check(written: Path) -> None:
-            with TensorFile.open(written / FILE_OF["safetensors"], remedy=DAMAGED) as again:
-                for name, home in homes.items():
-                    if not np.array_equal(byte_view(home.read(name)), byte_view(again.read(name))):
+def _write_compared(
+    folder: ExportFolder, chain: Chain, layout: Mapping[str, TensorLayout], pieces: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write weights that come in pieces, and read them again, to be compared before they take their place."""
+    metadata = {"format": "pt", **({VERSIONS_KEY: chain.versions} if chain.versions else {})}
+
+    def check(written: Path) -> None:
+        with TensorFile.open(written / FILE_OF["safetensors"], remedy=DAMAGED) as again:
+            for name in layout:
+                begin = 0
+                for piece in pieces(name):
+                    found = again.read(name, None, slice(begin, begin + piece.numel()))
+                    begin += piece.numel()
+                    if not np.array_equal(byte_view(piece.contiguous()), byte_view(found)):
                         raise DiskError(
                             f"{name!r} is not what was written to {folder.path}; check the disk, or give another --out"
                         )
 
-        folder.write({FILE_OF["safetensors"]: write}, check)
-    return 0.0
+    folder.write({FILE_OF["safetensors"]: lambda file: _write_pieces(file, layout, metadata, pieces)}, check)
 
 
-def _write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file."""
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    header, entries = lay_out(layout, {"format": "pt"})
+def _write_pieces(
+    file: HashedFile, layout: Mapping[str, TensorLayout], metadata: dict[str, str], pieces: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write a safetensors file of tensors that come in pieces."""
+    header, entries = lay_out(layout, metadata)
     file.write(header)
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
-        file.write(byte_view(tensors[entry.name]).data)
+        for piece in pieces(entry.name):
+            file.write(byte_view(piece.contiguous()).data)
 
 
 def _fill(workload: Workload, last: int, path: Path) -> None:

@@ -1,7 +1,6 @@
 """Export folder: the files of an export, written whole or not at all, and never over what an export did not write."""
 
 import dataclasses
-import errno
 import hashlib
 import io
 import json
@@ -14,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
+from lowmem_pnn.errors import CheckpointError, ConfigError
+from lowmem_pnn.exporting.out_faults import OUT_REMEDY, writing_faults
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.disk import disk_error, open_regular, read_file, remove_folder, sha256, sync_folder, write_durably
 from lowmem_pnn.stores.journal import JOURNAL
@@ -23,7 +23,6 @@ from lowmem_pnn.stores.keys import CommittedFile, parse_entry
 MANIFEST = "export.json"
 FILES = ("model.pt2", "model.safetensors", "model.onnx")
 
-_REMEDY = "give another --out"
 _TEMPORARY = re.compile(r"\.export\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
 
 
@@ -102,14 +101,14 @@ class ExportFolder:
         try:
             inside = folder.resolve()
             if out is None and folder.is_symlink():
-                raise ConfigError(f"{folder} is a link, and is not written through; {_REMEDY}")
+                raise ConfigError(f"{folder} is a link, and is not written through; {OUT_REMEDY}")
             parts = [place for place in (inside, *inside.parents) if os.path.exists(place / JOURNAL)]  # noqa: PTH110 - never raises
             if inside in parts:
                 raise ConfigError(f"--out {folder} holds a run, and an export would replace its weights; give --out {own}")
             if any(place.name in ("weights", "activations") and place.parent in parts for place in (inside, *inside.parents)):
                 raise ConfigError(f"--out {folder} is a folder of a run, which deletes it; give --out {own}")
             if folder.exists() and not folder.is_dir():
-                raise ConfigError(f"--out {folder} is a file; {_REMEDY}")
+                raise ConfigError(f"--out {folder} is a file; {OUT_REMEDY}")
             return cls(folder, _before(folder))
         except OSError as error:
             raise disk_error(folder, error, "look into it") from error
@@ -128,24 +127,21 @@ class ExportFolder:
         """
         temporary: Path | None = None
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for left in self.path.iterdir():
-                if _TEMPORARY.fullmatch(left.name) and not left.is_symlink():
-                    remove_folder(left)  # of an export that was killed
-            temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=self.path))
-            written = {name: _write(temporary / name, write) for name, write in writers.items()}
-            check(temporary)
-            # Old and new: whatever comes between the renames, the files are known to be an export's.
-            manifest = {"files": _entries(written), "before": _entries(self.before)}
-            write_durably(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            for name in written:
-                (temporary / name).replace(self.path / name)
-            sync_folder(self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its access rights"
-            raise DiskError(f"cannot write to {self.path}: {reason}; {remedy}, or {_REMEDY}") from error
+            with writing_faults(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                for left in self.path.iterdir():
+                    if _TEMPORARY.fullmatch(left.name) and not left.is_symlink():
+                        remove_folder(left)  # of an export that was killed
+                temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=self.path))
+                written = {name: _write(temporary / name, write) for name, write in writers.items()}
+                check(temporary)
+                # Old and new: whatever comes between the renames, the files are known to be an export's.
+                manifest = {"files": _entries(written), "before": _entries(self.before)}
+                write_durably(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+                for name in written:
+                    (temporary / name).replace(self.path / name)
+                sync_folder(self.path)
+                sync_folder(self.path.parent)
         finally:
             if temporary is not None:
                 remove_folder(temporary)
@@ -174,14 +170,14 @@ def _before(folder: Path) -> dict[str, CommittedFile]:
     known: list[CommittedFile] = []
     no_manifest = (FileNotFoundError, CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
     with suppress(*no_manifest):
-        manifest = json.loads(read_file(folder / MANIFEST, _REMEDY))
+        manifest = json.loads(read_file(folder / MANIFEST, OUT_REMEDY))
         known = [parse_entry(entry, name) for part in ("files", "before") for name, entry in manifest[part].items()]
     found = {}
     for name in there:
         if name == MANIFEST and known:
             continue
         if not any(file.file == name and _is(folder / name, file) for file in known):
-            raise ConfigError(f"{folder / name} is there, and no export of this program has left it so; {_REMEDY}")
+            raise ConfigError(f"{folder / name} is there, and no export of this program has left it so; {OUT_REMEDY}")
         found[name] = next(file for file in known if file.file == name and _is(folder / name, file))
     return found
 
@@ -189,7 +185,7 @@ def _before(folder: Path) -> dict[str, CommittedFile]:
 def _is(path: Path, expected: CommittedFile) -> bool:
     """Whether a file is what a manifest says of it."""
     try:
-        os.close(open_regular(path, remedy=_REMEDY))
+        os.close(open_regular(path, remedy=OUT_REMEDY))
         return not path.is_symlink() and path.stat().st_size == expected.bytes and sha256(path) == expected.sha256
     except (CheckpointError, FileNotFoundError):
         return False

@@ -173,11 +173,14 @@ def _write_shards(weights: Path, folder: Path) -> None:
 
 def _divided(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
     shard: list[TensorEntry] = []
+    nbytes = 0
     for entry in entries:
-        if shard and sum(one.nbytes for one in shard) + entry.nbytes > SHARD_BYTES:
+        if shard and nbytes + entry.nbytes > SHARD_BYTES:
             yield shard
             shard = []
+            nbytes = 0
         shard.append(entry)
+        nbytes += entry.nbytes
     yield shard
 
 

@@ -17,7 +17,6 @@ from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.run.finished import FinishedRun
-from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_metrics, check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
@@ -84,7 +83,7 @@ def evaluate_run(
             check_plan(state, workload, path)
             plan = within(planned, workload, opened_device.budget_bytes)
             if plan.spans != planned.spans:
-                state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=state.module_state)
+                state = State.trained(workload, plan, state.module_state)
             opened_device.enforce()
             rundir.clear()
             with rundir.scratch() as folder:

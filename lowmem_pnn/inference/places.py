@@ -1,6 +1,5 @@
 """Places that answers are written to: beside what they are to replace, and renamed when all is there; nothing else is replaced."""
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lowmem_pnn.errors import ConfigError, DiskError
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.exporting.out_faults import writing_faults
 from lowmem_pnn.stores.disk import remove_folder, sync_folder
 
 Kind = Literal["npz", "csv", "masks"]
@@ -83,24 +83,6 @@ class Place:
                 sync_folder(self.path.parent)
         finally:
             remove_folder(folder)
-
-
-@contextmanager
-def writing_faults(path: Path) -> Iterator[None]:
-    """Say of what the file system refuses in this context that answers could not be written.
-
-    Args:
-        path: Path that is written to.
-
-    Raises:
-        DiskError: The file system refused something.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its access rights"
-        raise DiskError(f"cannot write to {path}: {reason}; {remedy}, or give another --out") from error
 
 
 def _other_than_masks(folder: Path) -> str | None:

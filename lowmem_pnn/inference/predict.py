@@ -1,6 +1,5 @@
 """Prediction: samples through the partitions of a trained model, one resident at a time, and the answers to their place."""
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,6 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
+from lowmem_pnn.exporting.out_faults import writing_faults
 from lowmem_pnn.inference.answers import (
     BESIDE_OUTPUTS,
     Answers,
@@ -28,14 +28,13 @@ from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.other_machine import options_here
-from lowmem_pnn.inference.places import Place, writing_faults
+from lowmem_pnn.inference.places import Place
 from lowmem_pnn.inference.samples import PartName, open_samples
 from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
@@ -104,13 +103,12 @@ def predict_run(
             opened_device.enforce()
             rundir.clear()
             with rundir.scratch() as scratch:
-                state = State.first(workload, plan, ALONE)
+                state = State.trained(workload, plan, finished.state.module_state)
                 session = Session(opened_device, rundir, threads, display, scratch=scratch)
                 trained = path / "model.safetensors"
                 weights = build_weights(
                     workload, plan, scratch / "weights", session.counter, trained=trained, metered=opened_device.metered
                 )
-                state = dataclasses.replace(state, module_state=finished.state.module_state)
                 with writer.closing():
                     measure(Run(session, workload, plan, weights, state), "test", bring_down, writer.add, may_stop=False)
         written = writer.finish()

@@ -1,6 +1,5 @@
 """Ways in which a trained language model may go on with texts in its budget: with keys and values kept, as a whole, or in partitions."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.finished import FinishedRun
-from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
@@ -103,7 +101,7 @@ def said_by_trained(
         display.stage(f"going on with {count} text{'s' if count > 1 else ''}, {most:,} tokens at most, {way.words}")
         folder = scratch / f"weights-{number}"
         weights = build_weights(workload, way.plan, folder, session.counter, trained, metered=device.metered)
-        state = dataclasses.replace(State.first(workload, way.plan, ALONE), module_state=finished.state.module_state)
+        state = State.trained(workload, way.plan, finished.state.module_state)
         run = Run(session, workload, way.plan, weights, state)
         began = time.monotonic()
         try:

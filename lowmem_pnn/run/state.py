@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.run.ranks import Rank
+from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.keys import parse_entry, parse_state
 from lowmem_pnn.workload import Workload
@@ -184,6 +184,17 @@ class State:
             rank=rank.number,
             ranks=rank.size,
         )
+
+    @classmethod
+    def trained(cls, workload: Workload, plan: Plan, module_state: Mapping[str, Any]) -> "State":
+        """Return the state of a trained run for another plan than it was trained by.
+
+        Args:
+            workload: model, data and method.
+            plan: partitions of the model.
+            module_state: Python attributes of modules, as the run left them.
+        """
+        return replace(cls.first(workload, plan, ALONE), module_state=dict(module_state))
 
     @classmethod
     def from_journal(cls, body: dict[str, Any], path: Path = Path("journal.json")) -> "State":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowmem_pnn.errors import ConfigError, DiskError
-from lowmem_pnn.inference.places import Place, writing_faults
+from lowmem_pnn.exporting.out_faults import writing_faults
+from lowmem_pnn.inference.places import Place
 
 
 @pytest.fixture(autouse=True)
