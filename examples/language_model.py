@@ -12,9 +12,9 @@ import lowmem_pnn
 
 FOLDER, FILE = Path(tempfile.mkdtemp()), Path(os.environ.get("LOWMEM_PNN_DATA", "."), "tinyshakespeare.txt")
 LINES = "ROMEO:\nBut, soft! what light through yonder window breaks?\n\nJULIET:\nO Romeo, Romeo! wherefore art thou Romeo?\n\n"
-text, words, llama = FILE.read_text()[:60_000] if FILE.is_file() else LINES * 200, pre_tokenizers.ByteLevel, FOLDER / "llama"
+text, words, llama = FILE.read_text()[:24_000] if FILE.is_file() else LINES * 100, pre_tokenizers.ByteLevel, FOLDER / "llama"
 (FOLDER / "text.txt").write_text(text)
-speeches = [speech.split(":\n", 1) for speech in text.split("\n\n") if ":\n" in speech][:96]
+speeches = [speech.split(":\n", 1) for speech in text.split("\n\n") if ":\n" in speech][:48]
 rows = [{"prompt": f"{name}:\n", "completion": said} for name, said in speeches]
 (FOLDER / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

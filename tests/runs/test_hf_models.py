@@ -34,7 +34,7 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0, "lr": 0.3, "lr_schedul
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama in shards, prompts with completions, and what a run of it leaves."""
     folder = tmp_path_factory.mktemp("llama")
-    write_llama(folder / "model", shard="20KB")
+    write_llama(folder / "model", shard="20KB", num_hidden_layers=1)
     write_jsonl(folder / "a.jsonl", pairs(50))
     return folder
 
@@ -45,16 +45,11 @@ def run_of(root: Path, folder: Path, model: str = "model", **options: Any) -> Re
 
 @pytest.fixture(scope="module")
 def trained(root: Path) -> Result:
-    return run_of(root, root / "run", epochs=4, micro_batch=2, **SGD)
+    return run_of(root, root / "run", epochs=2, micro_batch=2, **SGD)
 
 
 def batches(root: Path, result: Result) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Tokens, masks and labels of the batches that a run saw, in its order."""
-    rows = open_language(
-        f"jsonl:{root / 'a.jsonl'}", LanguageForm(str(root / "model"), 16, False, "completions", root / "tokens")
-    )
-    held_out = permutation_of(len(rows.train), 3, "test") if False else None
-    assert held_out is None
     train = parts(root)["train"]
     count, found = len(train), []
     for epoch in range(result.epochs[0]):
@@ -83,7 +78,7 @@ def assert_close(one: nn.Module, other: nn.Module, atol: float = 1e-5) -> None:
 
 
 def test_training_is_same_as_by_transformers_trainer(root: Path, trained: Result, tmp_path: Path) -> None:
-    """20 steps of SGD, rows of unlike lengths, batches of 8 in parts of 2."""
+    """10 steps of SGD, rows of unlike lengths, batches of 8 in parts of 2."""
     import transformers
 
     rows = []
@@ -113,7 +108,7 @@ def test_training_is_same_as_by_transformers_trainer(root: Path, trained: Result
     trainer.train()
     ours = [line["loss"] for line in step_lines(root / "run")]
     theirs = torch.tensor(losses).view(-1, 4).sum(1).tolist()
-    assert len(ours) == 20
+    assert len(ours) == 10
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert_close(of_folder(Path(str(trained.transformers_folder))), trainer.model.eval())
 
@@ -142,8 +137,6 @@ def test_what_comes_after_training_does_without_the_folder_that_it_began_with(
     root: Path, trained: Result, tmp_path: Path
 ) -> None:
     shutil.copytree(root / "run", tmp_path / "run")
-    scores = lowmem_pnn.evaluate(tmp_path / "run")
-    assert scores["test_loss"] == trained.test_loss
     (root / "model").rename(root / "away")
     try:
         loaded = lowmem_pnn.load(tmp_path / "run")
@@ -192,7 +185,7 @@ def test_a_run_that_ends_before_it_is_done_writes_the_same_folder(
 
     monkeypatch.setattr(Run, "end", fail)
     with pytest.raises(AssertionError, match="pulled the plug"):
-        run_of(root, tmp_path / "run", epochs=4, micro_batch=2, **SGD)
+        run_of(root, tmp_path / "run", epochs=2, micro_batch=2, **SGD)
     (tmp_path / "run" / "hf" / "left").write_text("of the attempt before")
     monkeypatch.undo()
     result = lowmem_pnn.fit(

@@ -9,7 +9,7 @@ TRIALS = Path(__file__).parents[1] / "trials" / "damaged_files.py"
 
 
 def test_a_damaged_file_is_noticed_by_whoever_reads_it(long: bool, tmp_path: Path) -> None:
-    counts = ["99000", "1000"] if long else ["400", "2"]
+    counts = ["99000", "1000"] if long else ["200", "1"]
     arguments = [sys.executable, str(TRIALS), str(tmp_path / "trials"), *counts, "0"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 TRIALS = Path(__file__).parents[1] / "trials" / "disk_faults.py"
 # Commands of the short form, and how many faults each meets; the long one tries every call x every fault of all commands.
-SHORT = ("pnn,evaluate", "4")
+SHORT = ("pnn,evaluate", "3")
 ALL = ("pnn,exact,neuroflux,resume,overwrite,evaluate,export,exit,again", "")
 
 
