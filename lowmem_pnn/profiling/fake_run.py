@@ -185,12 +185,18 @@ class FakeRun:
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
         self._layer.train()
+        # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
+        tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        try:
+            return self._count_macs(tensors)
+        except RuntimeError:  # a forward that takes gradients by its weights
+            return self._count_macs(dict(self._tensors))
+
+    def _count_macs(self, tensors: dict[str, Tensor]) -> tuple[int, tuple[Product, ...]]:
         flops = FlopCounterMode(display=False)
         # Its tracker of modules hangs hooks on gradients, which a forward that calls torch.autograd.grad cannot bear.
         flops.mod_tracker = cast(Any, _NoModules())
         with self._mode, UnknownValues(), torch.no_grad(), flops, products_counted(FEW) as products:
-            # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
-            tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
             self._layer.run_on(tensors, *self._inputs(FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // FEW, tuple(products)
 
