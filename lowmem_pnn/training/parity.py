@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.capture.dispatch_modes import tensors_in
+from lowmem_pnn.capture.supported import check_tensors_stay
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm, ask_for_gradients
@@ -141,6 +142,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         del loss
     for handle in handles:
         handle.remove()
+    check_tensors_stay(type(model).__name__, dict(model.named_buffers()), dict(twin.named_buffers()))
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     _seed(workload)  # what is drawn in eval mode too
