@@ -222,7 +222,8 @@ class Residency:
         Raises:
             CaptureError: a parameter has no gradient, or was frozen or unfrozen by a forward.
         """
-        excused = {*self.owned_elsewhere, *stepped, *self._may_lack_gradient}
+        # Later partitions' gradients of a tied weight come to it as it steps.
+        excused = {*self.shared, *stepped, *self._may_lack_gradient}
         for name, parameter in self._parameters.items():
             learns = self._requires_grad[name] and not self._frozen
             if parameter.requires_grad != learns:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.capture.unknown_values import UnknownValues
@@ -219,6 +219,11 @@ class FakeRun:
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             samples = " and ".join(map(str, self.before))
+            if isinstance(error, FakeTensorDeviceMismatchError) and "meta" in reason:
+                raise ConfigError(
+                    f"the backward of layer {self._layer.name!r} reads weights by itself, as a hook or an autograd.Function that holds on to "
+                    "modules does: they are others by then; compute what it needs in the forward, and save that for it"
+                ) from error
             raise ConfigError(
                 f"layer {self._layer.name!r} does not run forward and backward on {batch} samples of {samples}: "
                 f"{type(error).__name__}: {reason}; its memory cannot be foreseen, mend its forward"

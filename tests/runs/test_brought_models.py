@@ -218,6 +218,19 @@ class TakesValues(nn.Module):
         return nn.functional.linear(x, self.weight) * self.scale
 
 
+class TakesLaterValues(nn.Module):
+    """Computes by the values of a weight that learns in a later layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.a(x).relu(), self.b.weight.detach()).relu()
+        scores: Tensor = self.c(self.b(x))
+        return scores
+
+
 class Tells(Display):
     """Keeps what is said."""
 
@@ -238,6 +251,7 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "padding in nested tensors": (Padded, "last"),
     "a piece of a tensor": (lambda: Padded(0), "last"),
     "values of weights": (lambda: nn.Sequential(nn.Linear(12, 12), TakesValues(), nn.Linear(12, 4)), "2"),
+    "values of a later partition": (TakesLaterValues, "b"),
     "compiled as a whole": (
         lambda: torch.compile(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)), backend="eager"),
         "_orig_mod.2",
