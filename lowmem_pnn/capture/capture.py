@@ -120,11 +120,14 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         for name, module in model.named_modules()
         if module._backward_hooks or module._backward_pre_hooks
     }
+    switching = frozenset[str]().union(*(run.switching for run in looked_at))
+    closed |= dict.fromkeys(switching, "its forward sets whether parameters learn")
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
     flow = _flow(model, setting, runs, closed)
     plain = _plain_attributes(model, {name for name, _ in kept} | asking, kept | left | cached)
-    # What a forward does by values may reach other parameters in training.
-    by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in asking))
+    # What a forward does by values, or by what it counts, may reach other parameters in training, or go past some.
+    deciding = asking | {module for module, _ in kept}
+    by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in deciding))
     reached = frozenset[str]().union(*(run.reached for run in runs))
     idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached and name not in by_values)
     if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
@@ -140,6 +143,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     written = frozenset[str]().union(*(run.written for run in looked_at))
     averages = [name for name in written if name in idle or not names[name].requires_grad]
     moving = frozenset[str]().union(*(run.changed for run in looked_at if run.setting.training))
+    detached = frozenset[str]().union(*(run.detached for run in looked_at))
     free = unchanged_buffers(model, looked_at)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
@@ -161,6 +165,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
             layer.plain = {key: value for key, value in plain.items() if key[0] in own}
             layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in own))
             layer.may_lack_gradient = by_values.intersection(layer.parameters())
+            layer.detached = detached.intersection(layer.parameters())
             layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
             for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
                 held.setdefault(id(names[name]), []).append(index)

@@ -5,7 +5,7 @@ state has to be kept. Nothing is allocated, but for small tensors that depend on
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from lowmem_pnn.capture.dispatch_modes import KnownValuesError, OperationLog, tensors_in, watching_calls
 from lowmem_pnn.capture.setting import Fakes, Setting
 from lowmem_pnn.capture.stored_reads import StoredReads
+from lowmem_pnn.capture.supported import check_learning_stays, check_tensors_stay
+from lowmem_pnn.capture.switches import Switches
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import NOTHING, OutputForm
 from lowmem_pnn.model.copies import first_line, set_mode
@@ -64,7 +66,9 @@ class ModelRun:
         output: what the model returns beside its tensors.
         returned: shapes, with the batch, and types of the tensors that it returns.
         asking: modules that do something by values of tensors (`UnknownValues.asking`).
+        switching: modules that set whether parameters learn.
         reached: parameters that a backward from what training learns from gives a gradient to.
+        detached: parameters that learn, and whose values a backward takes for what they give no gradient by, as `x @ weight.detach()` does.
         aliased: attributes by which the forward reads parameters or buffers beside their own names, as from a list.
     """
 
@@ -79,7 +83,9 @@ class ModelRun:
     output: OutputForm = NOTHING
     returned: Sequence[tuple[torch.Size, torch.dtype]] = ()
     asking: set[str] = field(default_factory=set)
+    switching: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
+    detached: set[str] = field(default_factory=set)
     aliased: dict[Attribute, Alias] = field(default_factory=dict)
 
 
@@ -101,12 +107,19 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     def forward(fakes: Fakes, log: OperationLog) -> None:
         root, samples = fakes.root, fakes.samples
-        before, generators, hooks, reads = Snapshot(root), python_generators(), num_hooks(root), StoredReads(root)
+        before, generators, hooks, reads, switches = (
+            Snapshot(root),
+            python_generators(),
+            num_hooks(root),
+            StoredReads(root),
+            Switches(root),
+        )
         own = _tensors_of(root)
+        learns = {name: tensor.requires_grad for name, tensor in own.items()}
         versions = {name: version_of(tensor) for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
         try:
-            with _made_by_module(root, log, result.made), fakes.unknown.watching(root), reads.watching():
+            with _made_by_module(root, log, result.made), fakes.unknown.watching(root), reads.watching(), switches.watching():
                 returned = setting.form.call(root, samples)
         except KnownValuesError:
             raise
@@ -118,8 +131,14 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         output, tensors = OutputForm.of(returned)
         result.output, result.returned = output, [(tensor.shape, tensor.dtype) for tensor in tensors]
         result.asking = _asking(fakes, log)
+        result.switching = switches.found(log.repeats)
         chosen = next((tensors[output.names.index(name)] for name in setting.learns_from if name in output.names), None)
-        result.reached = _reached(root, tensors if chosen is None else (chosen,))
+        outputs = tensors if chosen is None else (chosen,)
+        functions, entries = _functions_of(outputs), log.entries
+        result.reached = _reached(root, outputs, functions)
+        log.entries = []  # what is looked at is no operation of the forward
+        result.detached = _detached(root, functions, log)
+        log.entries = entries
         if python_generators() != generators:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
@@ -131,6 +150,9 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
                 "it once, in the constructor"
             )
         after = _tensors_of(root)
+        check_tensors_stay(title, own, after)
+        if setting.training:
+            check_learning_stays(title, learns, after)
         # By way of `.data` no version changes: the operation has written into the storage, or the storage is another one.
         result.changed = {
             name
@@ -239,17 +261,49 @@ def _is_cache_of_weights(
     return not any(map(log.depends, tensors_in(attributes_of(root).get(key))))
 
 
-def _reached(root: nn.Module, outputs: tuple[Tensor, ...]) -> set[str]:
-    """Return the names of the parameters in the autograd graph of some outputs."""
+def _functions_of(outputs: tuple[Tensor, ...]) -> set[Any]:
+    """Return the functions of the autograd graph of some outputs."""
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen, found = set(stack), {id(output) for output in outputs}
+    seen = set(stack)
     while stack:
-        function = stack.pop()
-        found.add(id(getattr(function, "variable", None)))
-        new = [inner for inner, _ in function.next_functions if inner is not None and inner not in seen]
+        new = [inner for inner, _ in stack.pop().next_functions if inner is not None and inner not in seen]
         seen.update(new)
         stack.extend(new)
+    return seen
+
+
+def _reached(root: nn.Module, outputs: tuple[Tensor, ...], functions: Iterable[Any]) -> set[str]:
+    """Return the names of the parameters in the autograd graph of some outputs."""
+    found = {*map(id, outputs), *(id(getattr(function, "variable", None)) for function in functions)}
     return {name for name, parameter in root.named_parameters(remove_duplicate=False) if id(parameter) in found}
+
+
+def _detached(root: nn.Module, functions: Iterable[Any], log: OperationLog) -> set[str]:
+    """Return the names of the parameters that learn, and that functions of an autograd graph keep as tensors which do not."""
+    learning = {
+        parameter.untyped_storage()._cdata: parameter
+        for parameter in root.parameters()
+        if parameter.requires_grad and parameter.numel()
+    }
+    places: dict[type, list[str]] = {}
+    kept: set[int] = set()
+    for function in functions:
+        names = places.setdefault(
+            type(function), [name for name in dir(function) if name.startswith("_saved_") or name == "saved_tensors"]
+        )
+        for name in names:
+            try:
+                tensors = tensors_in(getattr(function, name))
+            except RuntimeError:  # it was written into since, which the backward would tell
+                continue
+            for tensor in tensors:
+                # A view that was made without gradients is a leaf of its own.
+                if tensor.layout == torch.strided and (tensor.is_leaf or not tensor.requires_grad):
+                    own = learning.get(tensor.untyped_storage()._cdata)
+                    kept |= {id(own)} if own is not tensor else set()
+    for block, other in log.repeats:
+        kept |= {id(own) for own, theirs in zip(block.parameters(), other.parameters(), strict=True) if id(theirs) in kept}
+    return {name for name, parameter in root.named_parameters(remove_duplicate=False) if id(parameter) in kept}
 
 
 @contextmanager

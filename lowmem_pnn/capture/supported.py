@@ -158,6 +158,56 @@ def check_overrides(model: nn.Module, opened: Iterable[str]) -> None:
         )
 
 
+def check_tensors_stay(title: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Refuse a forward that registers parameters or buffers, removes them, or gives them another shape or type: files have places for those
+    that were there.
+
+    Args:
+        title: the model's class.
+        before: its parameters and buffers, by name, before a forward.
+        after: the same after it.
+
+    Raises:
+        CaptureError: they are others.
+    """
+    advice = "; where the first forward alone does so, run the model once on a sample, and give the built model"
+    if new := [name for name in after if name not in before]:
+        kind = "parameter" if isinstance(after[new[0]], nn.Parameter) else "buffer"
+        raise CaptureError(
+            f"forward of {title} registers {kind} {new[0]!r}, which was not there before; register it in the constructor{advice}"
+        )
+    for name, tensor in before.items():
+        found = after.get(name)
+        if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            now = "is not there" if found is None else f"is {_form_of(found)}"
+            raise CaptureError(
+                f"{name!r} of {title} was {_form_of(tensor)} and {now} after a forward; keep its shape and type{advice}"
+            )
+
+
+def check_learning_stays(title: str, before: Mapping[str, bool], after: Mapping[str, Tensor]) -> None:
+    """Refuse a forward that leaves parameters frozen which learned before it, or the other way round.
+
+    Args:
+        title: the model's class.
+        before: whether each of its tensors learned before a forward, by name.
+        after: the tensors after it.
+
+    Raises:
+        CaptureError: one of them is otherwise now.
+    """
+    for name, learned in before.items():
+        if after[name].requires_grad != learned:
+            did, way = ("freezes", "detach() what it gives") if learned else ("unfreezes", "let it learn from the beginning")
+            raise CaptureError(
+                f"forward of {title} {did} {name!r} (requires_grad), which is not kept with a run; {way}, or give --freeze with --unfreeze-at"
+            )
+
+
+def _form_of(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def _check_replaced_methods(module: nn.Module, where: str) -> None:
     """Refuse methods that were replaced on a module by functions which hold on to it: a copy would still call them on the first module."""
     for name, value in vars(module).items():

@@ -62,6 +62,8 @@ class OptimizerInBackward:
         for number in self._in_backward:
             for name in self._groups[number]:
                 parameter = self._parameters[name]
+                if not parameter.requires_grad:
+                    continue  # another forward has left it so: if this one does not, its group steps after backward
                 hook = parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._note_gradient(number))
                 self._hooks.append(hook)
         return self
@@ -108,7 +110,7 @@ def step_order(groups: Groups, after_backward: Collection[str], *, per_layer_los
 def after_backward_names(
     layers: Sequence[Layer], owner_of: Callable[[str], str], *, per_layer_loss: bool, in_chunks: bool
 ) -> frozenset[str]:
-    """Return the parameters whose gradients come from more than one backward of a micro-batch.
+    """Return the parameters whose gradients come from more than one backward of a micro-batch, or whose values it takes to its end.
 
     Args:
         layers: layers of a partition.
@@ -119,6 +121,7 @@ def after_backward_names(
     """
     own = [{owner_of(alias) for alias in layer.parameters()} for layer in layers]
     names_after = set(own[-1]) if in_chunks else set()
+    names_after |= {owner_of(alias) for layer in layers for alias in layer.detached}
     if per_layer_loss:
         seen: set[str] = set()
         for names in own:

@@ -227,16 +227,24 @@ class Residency:
     def check_gradients(self, title: str, stepped: Collection[str] = ()) -> None:
         """Refuse to go on where a parameter that learns here has no gradient after backward, but for those that a batch may go past.
 
+        So it does where a forward has changed whether one learns: loaded again it would be as before.
+
         Args:
             title: the partition in words, for the message.
             stepped: names of parameters that have been stepped, so that their gradients are freed.
 
         Raises:
-            CaptureError: a parameter has no gradient.
+            CaptureError: a parameter has no gradient, or was frozen or unfrozen by a forward.
         """
-        excused = {*self.owned_elsewhere, *stepped, *self._may_lack_gradient}
+        # Later partitions' gradients of a tied weight come to it as it steps.
+        excused = {*self.shared, *stepped, *self._may_lack_gradient}
         for name, parameter in self._parameters.items():
-            learns = self._requires_grad[name] and not self._frozen  # whatever a forward has made of it
+            learns = self._requires_grad[name] and not self._frozen
+            if parameter.requires_grad != learns:
+                raise CaptureError(
+                    f"a forward {'freezes' if learns else 'unfreezes'} parameter {name!r} in {title} (requires_grad), which is not kept with a "
+                    "run; detach() what it gives, or give --freeze with --unfreeze-at"
+                )
             if learns and parameter.grad is None and name not in excused:
                 raise CaptureError(
                     f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "

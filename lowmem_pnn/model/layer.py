@@ -110,6 +110,9 @@ class Layer:
     may_lack_gradient: frozenset[str] = frozenset()
     """Parameters that a forward may use or not, by values of its input."""
 
+    detached: frozenset[str] = frozenset()
+    """Parameters whose values a backward takes also for what they get no gradient by: they stay as they are until its end."""
+
     operations: str = ""
     """Hash of what the layer did to samples and weights while its model was captured; equal for layers that did the same."""
 
@@ -182,6 +185,7 @@ class Layer:
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
         layer.plain, layer.hooks, layer.whole, layer.operations = self.plain, self.hooks, self.whole, self.operations
         layer.may_lack_gradient, layer.checkpoints = self.may_lack_gradient, self.checkpoints
+        layer.detached = self.detached
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -317,7 +321,8 @@ def has_module_hooks(module: nn.Module) -> bool:
 def gradients_complete_at_once(layers: Sequence[Layer], *, in_chunks: bool) -> list[bool]:
     """Decide for each layer whether one backward through that layer alone completes its gradients.
 
-    Not so for a layer with weights that another layer uses too, and for one whose backward runs in chunks of rows.
+    Not so for a layer with weights that another layer uses too, or that its backward takes the values of to its end, and for one whose
+    backward runs in chunks of rows.
 
     Args:
         layers: layers of a chain, however it is partitioned.
@@ -329,4 +334,7 @@ def gradients_complete_at_once(layers: Sequence[Layer], *, in_chunks: bool) -> l
         for tensor in own:
             users.setdefault(id(tensor), set()).add(number)
     chunked = len(layers) - 1 if in_chunks else None
-    return [number != chunked and all(users[id(tensor)] == {number} for tensor in own) for number, own in enumerate(tensors)]
+    return [
+        number != chunked and not layers[number].detached and all(users[id(tensor)] == {number} for tensor in own)
+        for number, own in enumerate(tensors)
+    ]

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.capture.unknown_values import UnknownValues
@@ -185,12 +185,18 @@ class FakeRun:
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
         self._layer.train()
+        # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
+        tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        try:
+            return self._count_macs(tensors)
+        except RuntimeError:  # a forward that takes gradients by its weights
+            return self._count_macs(dict(self._tensors))
+
+    def _count_macs(self, tensors: dict[str, Tensor]) -> tuple[int, tuple[Product, ...]]:
         flops = FlopCounterMode(display=False)
         # Its tracker of modules hangs hooks on gradients, which a forward that calls torch.autograd.grad cannot bear.
         flops.mod_tracker = cast(Any, _NoModules())
         with self._mode, UnknownValues(), torch.no_grad(), flops, products_counted(FEW) as products:
-            # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
-            tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
             self._layer.run_on(tensors, *self._inputs(FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // FEW, tuple(products)
 
@@ -213,6 +219,11 @@ class FakeRun:
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             samples = " and ".join(map(str, self.before))
+            if isinstance(error, FakeTensorDeviceMismatchError) and "meta" in reason:
+                raise ConfigError(
+                    f"the backward of layer {self._layer.name!r} reads weights by itself, as a hook or an autograd.Function that holds on to "
+                    "modules does: they are others by then; compute what it needs in the forward, and save that for it"
+                ) from error
             raise ConfigError(
                 f"layer {self._layer.name!r} does not run forward and backward on {batch} samples of {samples}: "
                 f"{type(error).__name__}: {reason}; its memory cannot be foreseen, mend its forward"

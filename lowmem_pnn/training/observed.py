@@ -1,8 +1,10 @@
 """What is observed of a model on a few samples, to be compared without keeping its gradients; and a guard on its weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from lowmem_pnn.capture.dispatch_modes import storages_of, written_by
 from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.deferred_init import FileBacked
 
 # Sums that stand for a tensor.
 _COLUMNS = 64
@@ -19,6 +22,8 @@ _COLUMNS = 64
 _ELEMENTS = 1 << 18
 # A gradient so much smaller than the largest is compared with this share of it.
 _SMALL = 1e-2
+# Tensors of so many bytes are not kept in memory for the backward.
+_SPILLED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -161,3 +166,45 @@ def difference(one: Any, other: Any) -> float:
     one, other = one.double(), other.double()
     size = float((one - other).abs().max() / max(float(one.abs().max()), 1e-300))
     return size if math.isfinite(size) else math.inf
+
+
+class Spilled:
+    """Keeps the tensors that a forward saves for its backward in a file, where they are large and not there anyway.
+
+    Args:
+        folder: folder of the file.
+        held: tensors that are there anyway.
+    """
+
+    def __init__(self, folder: Path, held: Iterable[Tensor]) -> None:
+        self._files = FileBacked(folder, _SPILLED_BYTES)
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def keeping(self) -> AbstractContextManager[Any]:
+        """Return the context of the forward, in which no transform of `torch.func` takes gradients."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
+        if tensor.nbytes < _SPILLED_BYTES or tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._held:
+            return tensor, tensor._version
+        mapped = self._files.map_like(tensor)
+        # Where an axis is expanded all its elements are one.
+        once = tuple(slice(None if stride else 1) for stride in tensor.stride())
+        mapped[once].copy_(tensor.detach()[once])
+        return mapped, mapped._version
+
+    def _unpack(self, packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        # What autograd looks for itself where there are no hooks.
+        if tensor._version != version:
+            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")
+        return tensor
+
+
+def refuses_hooks(error: Exception) -> bool:
+    """Decide whether a forward did not run in `Spilled.keeping`, as `torch.func.grad` and its like do not.
+
+    Args:
+        error: what it raised.
+    """
+    return isinstance(error, RuntimeError) and "saved tensor hooks" in str(error)

@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.capture.dispatch_modes import tensors_in
+from lowmem_pnn.capture.supported import check_tensors_stay
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm, ask_for_gradients
@@ -32,14 +33,12 @@ from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_changed, read_state
 from lowmem_pnn.seeds import preserve_random_state, seed_generators, seed_of
-from lowmem_pnn.training.observed import Observed, Unwritten, differences
+from lowmem_pnn.training.observed import Observed, Spilled, Unwritten, differences, refuses_hooks
 from lowmem_pnn.training.outer_state import OuterState
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import FileBacked
 
 _SAMPLES = 2
-# Tensors of so many bytes are not kept in memory for the backward.
-_SPILLED_BYTES = 1 << 16
 # Results of so many bytes go to a file as soon as a backward has them: gradients of a tied weight, one for each use, would add up.
 _MOVED_BYTES = 1 << 22
 # Relative difference of two sums up to which they may be one sum in another order, by the type of what is summed.
@@ -68,11 +67,18 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     batch = workload.splits["train"].batch(range(count))
     try:
         outer = OuterState(model)
-        theirs = _observe_model(workload, model, batch, folder)
+        spills = True
+        try:
+            theirs = _observe_model(workload, model, batch, folder)
+        except RuntimeError as error:
+            if not refuses_hooks(error):
+                raise
+            spills = False
+            theirs = _observe_model(workload, model, batch, folder, spills=False)
         if changed := outer.changed(model):
             # What is computed once, at the first run, is a cache.
             outer = OuterState(model)
-            _observe_model(workload, model, batch, folder)
+            _observe_model(workload, model, batch, folder, spills=spills)
             if changed := [place for place in outer.changed(model) if place in changed]:
                 raise CaptureError(
                     f"{title} changes {changed[0]} whenever it runs, which is outside of its modules: it is not kept with a run, and "
@@ -80,9 +86,9 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
                     "the layers as they are"
                 )
         with preserve_random_state():
-            ours = _observe_layers(workload, model, batch, folder)
+            ours = _observe_layers(workload, model, batch, folder, spills=spills)
         different = differences(theirs, ours)
-        if different and differences(theirs, _observe_model(workload, model, batch, folder)):
+        if different and differences(theirs, _observe_model(workload, model, batch, folder, spills=spills)):
             say(
                 f"{title} gives something else each time it is run on the same samples, and could not be compared with its layers"
             )
@@ -106,14 +112,16 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     )
 
 
-def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
+def _observe_model(
+    workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path, *, spills: bool = True
+) -> Observed:
     """Run the user's own model, forward and backward in train mode, and forward in eval mode."""
     # Without the model's own checkpointing, by which a BatchNorm counts each batch twice.
     with _parameters_kept(model), preserve_random_state(), checkpointing_left_out():
-        return _observe_copy(workload, model, batch, folder)
+        return _observe_copy(workload, model, batch, folder, spills=spills)
 
 
-def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
+def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path, *, spills: bool) -> Observed:
     observed, chain = Observed(), workload.bare
     twin = _copied(model, chain.written)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
@@ -124,8 +132,8 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _seed(workload)
         moved = FileBacked(Path(scratch), _MOVED_BYTES)
-        spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
-        with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
+        spilled = Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
+        with spilled.keeping() if spills else nullcontext():
             with precision.autocast(), Unwritten(workload, parameters):
                 outputs = run_model(twin, chain, batch)
             loss = workload.task.loss(outputs, batch[1], training=True)
@@ -141,6 +149,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         del loss
     for handle in handles:
         handle.remove()
+    check_tensors_stay(type(model).__name__, dict(model.named_buffers()), dict(twin.named_buffers()))
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     _seed(workload)  # what is drawn in eval mode too
@@ -151,14 +160,14 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     return observed
 
 
-def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
+def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path, *, spills: bool) -> Observed:
     """Run the layers of the model as exact training runs them, each layer a partition of its own."""
     chain, observed = workload.bare, Observed()
     with layers_of(workload, model) as loaded, tempfile.TemporaryDirectory(dir=folder) as scratch:
         for layer in chain.layers:
             layer.train()
         _seed(workload)
-        _forward_and_back(workload, batch, loaded, observed, Path(scratch))
+        _forward_and_back(workload, batch, loaded, observed, Path(scratch), spills=spills)
         # Names of the model's own, buffers that no layer holds included.
         buffers = {chain.owner_of(alias): tensor for layer in chain.layers for alias, tensor in layer.buffers().items()}
         _note_state(workload, observed, {name: buffers.get(chain.owner_of(name), own) for name, own in model.named_buffers()})
@@ -204,11 +213,17 @@ def layers_of(workload: Workload, model: nn.Module) -> Iterator[dict[str, nn.Par
 
 
 def _forward_and_back(
-    workload: Workload, batch: tuple[Any, Any], loaded: Mapping[str, nn.Parameter], observed: Observed, folder: Path
+    workload: Workload,
+    batch: tuple[Any, Any],
+    loaded: Mapping[str, nn.Parameter],
+    observed: Observed,
+    folder: Path,
+    *,
+    spills: bool,
 ) -> None:
     layers, boundaries, owner_of = workload.bare.layers, workload.bare.boundaries, workload.bare.owner_of
     moved = FileBacked(folder, _MOVED_BYTES)
-    spilled = _Spilled(folder, [*loaded.values(), *_inputs(batch), *tensors_in(batch[1])])
+    spilled = Spilled(folder, [*loaded.values(), *_inputs(batch), *tensors_in(batch[1])])
     owners = [{owner_of(alias): parameter.requires_grad for alias, parameter in layer.parameters().items()} for layer in layers]
     first_user = {name: number for number, names in reversed([*enumerate(owners)]) for name in names}
     users = Counter(
@@ -235,7 +250,7 @@ def _forward_and_back(
         learns = any(any(names.values()) for names in owners[:number])
         leaves = ask_for_gradients(map(Tensor.detach, inputs.pop()), boundaries[number], learns)
         if number == len(layers) - 1:
-            with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
+            with spilled.keeping() if spills else nullcontext():
                 outputs = layer(*leaves)
                 after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
                 loss = workload.task.loss(outputs, batch[1], training=True)
@@ -332,30 +347,6 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient, learns in before:
             parameter.requires_grad_(learns).grad = gradient
-
-
-class _Spilled:
-    """Keeps the tensors that a forward saves for its backward in a file, where they are large and not there anyway."""
-
-    def __init__(self, folder: Path, held: list[Tensor]) -> None:
-        self._files = FileBacked(folder, _SPILLED_BYTES)
-        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
-
-    def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        if tensor.nbytes < _SPILLED_BYTES or tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._held:
-            return tensor, tensor._version
-        mapped = self._files.map_like(tensor)
-        # Where an axis is expanded all its elements are one.
-        once = tuple(slice(None if stride else 1) for stride in tensor.stride())
-        mapped[once].copy_(tensor.detach()[once])
-        return mapped, mapped._version
-
-    def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
-        tensor, version = packed
-        # What autograd looks for itself where there are no hooks.
-        if tensor._version != version:
-            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")
-        return tensor
 
 
 def _seed(workload: Workload) -> None:

@@ -201,6 +201,36 @@ class Checkpointed(nn.Module):
         return scores
 
 
+class TakesValues(nn.Module):
+    """Computes by its weights' values too, by ways that gradients do not go; and from the third call on by another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale, self.calls = nn.Parameter(torch.randn(12, 12) / 4), nn.Parameter(torch.ones(12)), 0
+        self.later = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        with torch.no_grad():
+            turned = self.weight.t()
+        x = torch.relu((nn.functional.linear(x, self.weight.detach()) * self.scale.data) @ turned)
+        x = self.later(x) if self.calls > 2 else x
+        return nn.functional.linear(x, self.weight) * self.scale
+
+
+class TakesLaterValues(nn.Module):
+    """Computes by the values of a weight that learns in a later layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.a(x).relu(), self.b.weight.detach()).relu()
+        scores: Tensor = self.c(self.b(x))
+        return scores
+
+
 class Tells(Display):
     """Keeps what is said."""
 
@@ -220,6 +250,8 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "packed sequences of a GRU": (lambda: nn.Sequential(nn.Linear(12, 12), Packed(nn.GRU)), "1"),
     "padding in nested tensors": (Padded, "last"),
     "a piece of a tensor": (lambda: Padded(0), "last"),
+    "values of weights": (lambda: nn.Sequential(nn.Linear(12, 12), TakesValues(), nn.Linear(12, 4)), "2"),
+    "values of a later partition": (TakesLaterValues, "b"),
     "compiled as a whole": (
         lambda: torch.compile(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)), backend="eager"),
         "_orig_mod.2",

@@ -57,6 +57,38 @@ class SavesOthers(nn.Sequential):
         return {key: value * 2 for key, value in super().state_dict(*arguments, **settings).items()}
 
 
+def grows(model: Any, x: Tensor) -> Tensor:
+    model.a.running_mean = torch.zeros(5)
+    scores: Tensor = model.b(x)
+    return scores
+
+
+def registers_late(model: Any, x: Tensor) -> Tensor:
+    model.register_buffer("late", torch.zeros(4))
+    scores: Tensor = model.a(x) + model.late
+    return scores
+
+
+class CountsAnd(nn.Module):
+    """Counts its calls, and does something by their number; a layer of it is used from the tenth call on."""
+
+    def __init__(self, does: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.a, self.b, self.does, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), does, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.does(self)
+        y: Tensor = self.a(x)
+        return y + self.b(y) if self.calls > 9 else y
+
+
+def test_what_a_later_forward_uses_is_not_taken_for_unused() -> None:
+    chain = capture(nn.Sequential(CountsAnd(lambda model: None), nn.Linear(4, 2)), vector(4))
+    assert chain.idle == ()
+    assert chain.layers[0].may_lack_gradient == {"0.a.weight", "0.a.bias", "0.b.weight", "0.b.bias"}
+
+
 CALLS = itertools.count(1)
 
 
@@ -275,6 +307,27 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(ReadsAView(), nn.Linear(4, 2)),
         "forward of module '0' of Sequential reads '0.weight' from its attribute 'rows', where it would stay what it is",
     ),
+    "a buffer of another shape": (
+        lambda: FromFunction(grows, a=nn.BatchNorm1d(4), b=nn.Linear(4, 4)),
+        "'a.running_mean' of FromFunction was (4,) float32 and is (5,) float32 after a forward; keep its shape and type; where the first "
+        "forward alone does so, run the model once on a sample, and give the built model",
+    ),
+    "a buffer that comes late": (
+        lambda: FromFunction(registers_late, a=nn.Linear(4, 4)),
+        "forward of FromFunction registers buffer 'late', which was not there before; register it in the constructor",
+    ),
+    "a module that comes late": (
+        lambda: FromFunction(lambda m, x: m.add_module("late", nn.Linear(4, 4)) or m.late(m.a(x)), a=nn.Linear(4, 4)),
+        "forward of FromFunction registers parameter 'late.weight', which was not there before; register it in the constructor",
+    ),
+    "freezes in a later call": (
+        lambda: CountsAnd(lambda m: m.a.requires_grad_(m.calls < 9)),
+        "forward of CountsAnd freezes 'a.weight' (requires_grad), which is not kept with a run; detach() what it gives, or give --freeze",
+    ),
+    "unfreezes": (
+        lambda: CountsAnd(lambda m: m.b.requires_grad_(m.calls > 9)).requires_grad_(False),
+        "forward of CountsAnd unfreezes 'b.weight' (requires_grad), which is not kept with a run; let it learn from the beginning, or",
+    ),
     "whole numbers": (
         lambda: FromFunction(lambda m, x: m.a(x).argmax(1, keepdim=True), a=nn.Linear(4, 4)),
         "model FromFunction returns a tensor of type int64, from which no gradient comes",
@@ -342,6 +395,14 @@ class HoldsItsOwn(HidesModules):
         self.hidden.append(self.linear)
 
 
+def through_frozen(model: Any, x: Tensor) -> Tensor:
+    model.b.requires_grad_(False)
+    y = model.b(model.a(x))
+    model.b.requires_grad_(True)
+    scores: Tensor = y + model.b(x)
+    return scores
+
+
 KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "autograd function": (
         lambda: FromFunction(lambda m, x: m.b(Doubles.apply(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
@@ -362,6 +423,12 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "weights of an LSTM": (
         lambda: FromFunction(lambda m, x: m.b(m.a(x[:, None])[0][:, 0]), a=nn.LSTM(4, 4, batch_first=True), b=nn.Linear(4, 2)),
         ["a", "b"],
+    ),
+    "frozen for a while": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 4), FromFunction(through_frozen, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), nn.Linear(4, 2)
+        ),
+        ["0", "1", "2"],
     ),
     "tensors that nobody reads": (lambda: nn.Sequential(nn.Linear(4, 4), Keeps(), nn.Linear(4, 2)), ["0", "1", "2"]),
 }

@@ -66,6 +66,10 @@ def test_what_steps_after_backward_has_gradients_from_more_than_one() -> None:
     assert names(per_layer_loss=False, in_chunks=False) == frozenset()
     assert names(per_layer_loss=True, in_chunks=False) == {"layers.0.weight"}
     assert names(per_layer_loss=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
+    chain.layers[1].detached = frozenset({"layers.1.bias"})
+    assert names(per_layer_loss=False, in_chunks=False) == {"layers.1.bias"}
+    assert gradients_complete_at_once(chain.layers, in_chunks=False) == [False, False, False]
+    chain.layers[1].detached = frozenset()
     # Plans count on less: the tied weight's gradient waits for the first layer's.
     assert gradients_complete_at_once(chain.layers, in_chunks=False) == [False, True, False]
     assert gradients_complete_at_once(chain_of(wide_mlp, 96).layers, in_chunks=True) == [True] * 5 + [False]

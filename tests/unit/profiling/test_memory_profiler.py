@@ -267,6 +267,30 @@ def test_a_layer_that_does_not_run_is_named():
     )
 
 
+def test_a_backward_that_reads_weights_by_itself_is_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].register_full_backward_hook(lambda module, gradients, _: (gradients[0] / module.weight.norm(),))
+    with pytest.raises(
+        ConfigError, match=r"^the backward of layer '1' reads weights by itself, as a hook or an autograd\.Function"
+    ):
+        profile_of(model, flat(4))
+
+
+class Adapts(nn.Linear):
+    """Takes a step by its weight before it computes."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(F.linear(x, self.weight).square().mean(), self.weight, create_graph=True)
+        return F.linear(x, self.weight - gradient)
+
+
+def test_a_forward_that_takes_gradients_by_its_weights_is_measured():
+    costs = profile_of(nn.Sequential(nn.Linear(4, 4), Adapts(4, 2, bias=False)), flat(4))
+    assert costs.layers[1].forward_macs >= 2 * 4 * 2
+
+
 def test_a_peak_is_exact_where_every_moment_grows_in_a_straight_line():
     lines = [Affine(100, 0), Affine(0, 30), Affine(60, -5), Affine(20, 20)]
     peak = fit_peak(*([line.at(size) for line in lines] for size in (4, 6, 64)))

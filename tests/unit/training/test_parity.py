@@ -56,6 +56,21 @@ def test_views_that_a_backward_asks_for_keep_their_gaps(tmp_path: Path) -> None:
     assert compare(workload, built(build), tmp_path, refuse_to_say) == "yes"
 
 
+class ByItsGradient(nn.Linear):
+    """Computes by a transform that takes gradients, which nobody may look on at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes: Tensor = torch.func.vmap(torch.func.grad(lambda one: nn.functional.linear(one, self.weight).square().sum()))(x)
+        return slopes
+
+
+def test_what_takes_gradients_in_a_forward_is_compared(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), ByItsGradient(12, 12, bias=False), nn.Linear(12, 4))
+
+    assert compare(workload_of(build, vectors()), built(build), tmp_path, refuse_to_say) == "yes"
+
+
 class Expanded(nn.Module):
     """Its backward asks for places that are the same for all samples, an expanded tensor."""
 
