@@ -80,9 +80,8 @@ class WholeFlow:
         if all(log != following for log, following in pairwise(logs)):
             raise CaptureError(changes_from_call_to_call(model))
         self.output, self.stopped = runs[0].output, {"": reason}
-        self._done = hashlib.sha256(
-            without_addresses(repr([logs[-1], *(run.operations for run in runs[1:])])).encode()
-        ).hexdigest()
+        done = [logs[-1], *(run_model(model, run.setting).operations for run in runs[1:])]
+        self._done = hashlib.sha256(without_addresses(repr(done)).encode()).hexdigest()
 
     def boundaries(self, cuts: Sequence[int]) -> list[list[TensorSpec]]:
         """Return what the tensors are that go in, and those that come out."""

@@ -57,11 +57,6 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.keep_state and config.keep_weights == "best":
         faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
-    if config.keep_state and (fixed := of_fixed_length(config)) is not None:
-        instead = ", or give --lr-schedule constant" if fixed.startswith(flag("lr_schedule")) else ""
-        faults.append(
-            f"--keep-state is for training a run further, which one with {fixed} cannot be; leave one of them out{instead}"
-        )
     if config.method == "incubate":
         faults += [
             f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
@@ -114,6 +109,18 @@ def contradictions(config: FitConfig) -> list[str]:
             f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
         )
     return faults
+
+
+def useless_at_the_beginning(config: FitConfig) -> list[str]:
+    """Return what a run should not begin with for it could never be used, a text each. Runs of earlier versions did.
+
+    Args:
+        config: options, each checked by itself.
+    """
+    if not config.keep_state or (fixed := of_fixed_length(config)) is None:
+        return []
+    instead = ", or give --lr-schedule constant" if fixed.startswith(flag("lr_schedule")) else ""
+    return [f"--keep-state is for training a run further, which one with {fixed} cannot be; leave one of them out{instead}"]
 
 
 def of_fixed_length(config: FitConfig) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
-from lowmem_pnn.config.checks import contradictions
+from lowmem_pnn.config.checks import contradictions, useless_at_the_beginning
 from lowmem_pnn.config.code import BUILT_IN, CODE_FIELDS
 from lowmem_pnn.config.defaults import is_language, training_defaults, undecided
 from lowmem_pnn.config.faults import describe_fault, flag
@@ -205,7 +205,7 @@ def configure(**given: Any) -> FitConfig:
 def _faults_together(config: FitConfig, given: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with options that are right each by itself."""
     faults = [f"{flag(name)} has no effect here: it needs {need}" for name, need in unmet(config, given)]
-    return faults + contradictions(config)
+    return faults + contradictions(config) + useless_at_the_beginning(config)
 
 
 def _faults_beside(faulty: Collection[str], given: Mapping[str, Any]) -> list[str]:

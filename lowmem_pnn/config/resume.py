@@ -174,7 +174,7 @@ def began_alike(config: FitConfig, stored: FitConfig) -> bool:
         config: options of the command.
         stored: options that the run began with.
     """
-    return not _differing(config, stored)
+    return all(_has_moved(name, config, stored) for name in _differing(config, stored))
 
 
 def _differing(config: FitConfig, stored: FitConfig) -> list[str]:

@@ -5,20 +5,21 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import CodeType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowmem_pnn import __version__
 from lowmem_pnn.capture.dispatch_modes import without_addresses
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.tasks import OwnTask
 from lowmem_pnn.workload import Workload
 
-# What may change the order of sums, and so last bits.
-_ROUNDING = {"torch": "torch", "cpu": "kernels for", "threads": "threads:"}
+# What may change the order of sums, and so last bits, with its name in messages.
+_ROUNDING = {"torch": "torch", "cpu": "kernels for", "threads": "threads:", "gpu": "a"}
 
 
 def provenance(workload: Workload, device: Device) -> dict[str, str]:
@@ -30,23 +31,25 @@ def provenance(workload: Workload, device: Device) -> dict[str, str]:
 
     Returns:
         `model` and `loss`: hashes of what the model's layers do, and of the code of a loss of the user's own ("" for others);
-        `device`: its kind; `torch`, `python`: versions; `cpu`: the instructions that its kernels use; `threads`: number of threads.
+        `device`: its kind; `lowmem_pnn`, `torch`, `python`: versions; and on the CPU `cpu`: the instructions that its kernels use, and
+        `threads`: number of threads; on a GPU `gpu`: its name.
     """
     return {
         "model": _model_hash(workload),
         "loss": _code_hash(workload.task.function) if isinstance(workload.task, OwnTask) else "",
         "device": device.kind,
+        "lowmem_pnn": __version__,
         "torch": torch.__version__,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "cpu": _capability(),
-        "threads": str(torch.get_num_threads()),
+        **_hardware(device),
     }
 
 
 def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Path, model: str) -> str | None:
     """Refuse to go on with another model, loss or kind of device than a run began with; return what else differs, in a line.
 
-    A trace may do other operations with another torch, and code is translated otherwise by another Python: nothing is compared then.
+    With another torch or other threads a trace may do other operations, or hold other last bits; code is translated otherwise by another
+    Python. Then a difference is said, and is no reason to refuse.
 
     Args:
         began: provenance of the run; empty for runs of earlier versions, for which nothing is known.
@@ -60,27 +63,30 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
     Raises:
         CheckpointError: model, loss or kind of device is another one.
     """
-    differing = [name for name in began if began[name] != now.get(name)]
+    differing = {name for name in began if began[name] != now.get(name)}
     if "device" in differing:
         raise CheckpointError(
             f"the run in {path} began on {_device(began['device'])}, for which it was planned, and this is {_device(now['device'])}; "
-            f"resume it there, or begin a new run with --weights {path}"
+            "resume it there, or begin a new run"
         )
-    same_tools = not {"torch", "cpu"} & set(differing)
-    if "model" in differing and same_tools:
-        raise CheckpointError(
-            f"the model {model} does not compute what it did when the run in {path} began; bring it back, or begin a new run"
-        )
-    if "loss" in differing and "python" not in differing:
+    if "loss" in differing and not differing & {"python", "torch"}:
         raise CheckpointError(f"the loss is not the code that the run in {path} began with; bring it back, or begin a new run")
-    changes = [f"{text} {now[name]} (before: {began[name]})" for name, text in _ROUNDING.items() if name in differing]
+    changes = [f"{text} {now.get(name)} (before: {began[name]})" for name, text in _ROUNDING.items() if name in differing]
+    if "model" in differing and not changes and "lowmem_pnn" not in differing:
+        raise CheckpointError(
+            f"the model {model} does not compute what it did when the run in {path} began: its code, or a package that it is from, was "
+            "changed; bring it back, or begin a new run"
+        )
     if not changes:
         return None
-    return f"resumed with {', '.join(changes)}; last bits may differ from those of a run that was left alone"
+    also = "; what the model does differs too, by these or by an edit" if "model" in differing else ""
+    return f"resumed with {', '.join(changes)}; last bits may differ from those of a run that was left alone{also}"
 
 
-def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def _hardware(device: Device) -> dict[str, str]:
+    if device.torch_device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device.torch_device)}
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
 
 
 def _device(kind: str) -> str:
@@ -97,27 +103,38 @@ def _model_hash(workload: Workload) -> str:
 
 
 def _code_hash(function: Callable[..., Any]) -> str:
-    """Return a hash of the code of a function, or of what is called as one; of what it calls in turn, the names alone."""
-    return hashlib.sha256(repr(_code_of(function)).encode()).hexdigest()[:16]
+    """Return a hash of the code of a function, or of what is called as one, and of the functions that it is wrapped in or holds.
+
+    Of functions that it finds by their names, the names alone count.
+    """
+    return hashlib.sha256(repr(_code_of(function, set())).encode()).hexdigest()[:16]
 
 
-def _code_of(value: Any) -> Any:
-    if isinstance(value, partial):
-        return _code_of(value.func), _plain((value.args, sorted(value.keywords.items())))
-    if isinstance(value, MethodType):
-        return _code_of(value.__func__)
+def _code_of(value: Any, seen: set[int]) -> Any:
+    """Return what stands for a value in a hash that is the same in every process."""
+    if id(value) in seen:
+        return "itself"
     if isinstance(value, CodeType):
-        return value.co_code, value.co_names, tuple(map(_code_of, value.co_consts))
-    if code := getattr(value, "__code__", None):
-        held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        return _code_of(code), _plain((getattr(value, "__defaults__", None), held))
+        return value.co_code, value.co_names, [_code_of(one, seen) for one in value.co_consts]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_code_of(one, seen)) for one in value)
+    if isinstance(value, tuple | list):
+        return [_code_of(one, seen) for one in value]
+    if isinstance(value, dict):
+        return [(repr(key), _code_of(one, seen)) for key, one in value.items()]
+    seen = seen | {id(value)}
+    if isinstance(value, partial):
+        return _code_of([value.func, value.args, value.keywords], seen)
+    if isinstance(value, MethodType):
+        return _code_of(value.__func__, seen)
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        code = value.__code__
+        if value.__doc__ is not None and code.co_consts[:1] == (value.__doc__,):
+            code = code.replace(co_consts=(None, *code.co_consts[1:]))
+        return _code_of([code, value.__defaults__, value.__kwdefaults__, held], seen)
     if isinstance(value, nn.Module):
-        return _plain(value), _code_of(type(value).forward)
-    if callable(value) and not isinstance(value, type):
-        call = type(value).__call__
-        return type(value).__qualname__, _code_of(call) if hasattr(call, "__code__") else None
-    return _plain(value)
-
-
-def _plain(value: Any) -> str:
+        return without_addresses(repr(value)), _code_of(getattr(type(value), "forward", None), seen)
+    if callable(value) and not isinstance(value, type | BuiltinFunctionType):
+        return type(value).__qualname__, _code_of(type(value).__call__, seen)
     return without_addresses(repr(value))

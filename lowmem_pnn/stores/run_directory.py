@@ -195,15 +195,15 @@ class RunDirectory:
                     except OSError:  # a file system without links, whatever it says of them
                         write_durably(previous, read_file(current, DAMAGED))
             self._sync_what_a_journal_counts_on()
+            # Newer ones than this are of before somebody went back to an older one by hand.
+            for path, left in older_commits(self.path, self._config_sha256)[0]:
+                if left["number"] >= journal["number"]:
+                    path.unlink()
             write_durably(current, seal_journal(journal, self._config_sha256))
             older = older_commits(self.path, self._config_sha256)[0]
-            # Newer ones than this are of before somebody went back to an older one by hand.
-            dropped = [one for one in older if one[1]["number"] >= journal["number"]]
-            older = [one for one in older if one[1]["number"] < journal["number"]]
-            dropped += older[keep - 1 :]
-            for path, _ in dropped:
+            for path, _ in older[keep - 1 :]:
                 path.unlink()
-            if dropped and journal.get("stage") == "done":
+            if older[keep - 1 :] and journal.get("stage") == "done":
                 # No later commit would bring it to the drive that they are gone.
                 sync_folder(self.path)
         except OSError as error:

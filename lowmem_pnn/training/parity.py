@@ -149,7 +149,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         del loss
     for handle in handles:
         handle.remove()
-    check_tensors_stay(type(model).__name__, dict(model.named_buffers()), dict(twin.named_buffers()))
+    check_tensors_stay(type(model).__name__, *(_persistent_buffers(one) for one in (model, twin)))
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     _seed(workload)  # what is drawn in eval mode too
@@ -347,6 +347,11 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient, learns in before:
             parameter.requires_grad_(learns).grad = gradient
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    persistent = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in model.named_buffers() if name in persistent}
 
 
 def _seed(workload: Workload) -> None:

@@ -1,5 +1,6 @@
 """Start: a run that is begun, or gone on with, from its options to its result."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -13,7 +14,7 @@ from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.code import python_objects
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import PLACES, check_trust, resumed_config, with_new_modules
+from lowmem_pnn.config.resume import PLACES, check_trust, raised, resumed_config, with_new_modules
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -144,6 +145,8 @@ def resume(
         is_longer = config.epochs != before.epochs
         config = with_the_visits_it_began_with(config, rundir)
         state = State.from_journal(rundir.journal(), path)
+        if config.device == "auto" and state.provenance.get("device") == "cpu":
+            config = dataclasses.replace(config, device="cpu")  # a GPU that is there now is none that it was planned for
         if state.stage == "done" and not is_longer:
             result = read_result(path, state)
             rundir.clear()
@@ -167,8 +170,10 @@ def resume(
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(beside.threads):
+                # Another model is no broken journal.
+                change = check_provenance(state.provenance, provenance(workload, device), path, workload.source.spec)
                 state = resumed_state(rundir, workload, rank)
-                if change := check_provenance(state.provenance, provenance(workload, device), path, workload.source.spec):
+                if change is not None:
                     display.message(change)
                     state.changes = list(dict.fromkeys([*state.changes, change]))
                 state.moved |= {name: getattr(config, name) for name in PLACES if getattr(config, name) != getattr(before, name)}
@@ -191,10 +196,10 @@ def _begin_late(workdir: Path, options: Mapping[str, Any], process: Process, *, 
     body, config_sha256 = read_journal(first / "journal.json")
     if State.from_journal(body, first).stage == "done":
         return None
-    stored = FitConfig.from_json(read_config(first, config_sha256))
-    resumed_config(stored, options, first)
+    stored = raised(FitConfig.from_json(read_config(first, config_sha256)), body)
+    config = resumed_config(stored, options, first)
     check_trust(stored, options, first, trust=trust)
-    return begin(stored, workdir, process=process)
+    return begin(config, workdir, process=process)
 
 
 def _first_plan(

@@ -282,7 +282,7 @@ def test_an_edited_model_is_refused_and_other_threads_are_said(folder: Path, mon
             train(edited, resume=True)
     with pytest.raises(CheckpointError, match=r"^the loss is not the code that the run in edited began with"):
         train(_Activated(nn.ReLU()), factor=2.0, resume=True)
-    monkeypatch.setattr(provenance_of_run, "_capability", lambda: "none")
+    monkeypatch.setattr(provenance_of_run, "_hardware", lambda device: {"cpu": "none", "threads": "0"})
     result = train(_Activated(nn.ReLU()), resume=True)
     assert [note for note in result.notes if note.startswith("resumed with kernels for none (before: ")]
 

@@ -449,3 +449,22 @@ def test_what_can_be_kept_is_cut_and_gives_the_same_gradients(case: str) -> None
         torch.autograd.grad(ours.square().sum(), parameters), torch.autograd.grad(theirs.square().sum(), parameters), strict=True
     ):
         assert torch.equal(one, other)
+
+
+class MakesAMask(nn.Module):
+    """A model that makes a mask anew for samples that are longer than those before, and keeps it beside its weights."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None or len(self.mask) < x.shape[1]:
+            self.mask = torch.ones(x.shape[1])
+        return self.b(self.a(x) * self.mask)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2)])
+def test_buffers_that_no_file_holds_may_grow(mask: Tensor | None) -> None:
+    assert len(capture(MakesAMask(mask), TensorSpec((4,), torch.float32)).layers) == 2
