@@ -34,7 +34,7 @@ from lowmem_pnn.settings.fit_options import FitOptions
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
-from lowmem_pnn.training.start import begin
+from lowmem_pnn.training.start import OpenInputs, begin
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload.inputs import Model, name_of_weights, names_of, python_inputs, with_named_parts
 
@@ -108,13 +108,9 @@ def fit(
         True
     """
     callbacks = checked_callbacks(callbacks)
-    state_dict = weights if isinstance(weights, Mapping) else None
     named = {**names_of(model, train, loss), "weights": name_of_weights(weights)}
     given = {"max_gpu_mem": max_gpu_mem, **named, **with_named_parts(train, val, test, options)}
-    val, test = (None if isinstance(part, str) else part for part in (val, test))
-    open_inputs = python_inputs(
-        model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
-    )
+    open_inputs = _inputs(model, train, val, test, loss, metrics, weights)
     display = default_display(verbose) if display is None else display
     asked = asked_run(
         given,
@@ -183,12 +179,14 @@ def plan(
     device = options.get("device") or "auto"
     budget = budget_on(device, max_gpu_mem) if described is None else budget_on_described(described, device, max_gpu_mem)
     config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, test, read))
+    return preview(config, _inputs(model, train, val, test, loss, metrics, weights), timing=timing, gpu=described)
+
+
+def _inputs(model: Model, train: Any, val: Any, test: Any, loss: Any, metrics: OwnMetrics | None, weights: Any) -> OpenInputs:
+    """Return what opens model and data; what is named by a text is opened by its name."""
+    val, test, loss = (None if isinstance(one, str) else one for one in (val, test, loss))
     state_dict = weights if isinstance(weights, Mapping) else None
-    val, test = (None if isinstance(part, str) else part for part in (val, test))
-    open_inputs = python_inputs(
-        model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
-    )
-    return preview(config, open_inputs, timing=timing, gpu=described)
+    return python_inputs(model, train, val, test, loss=loss, metrics=metrics, state_dict=state_dict)
 
 
 def evaluate(
@@ -236,12 +234,11 @@ def evaluate(
         >>> scores["test_accuracy"] == result.scores["test"]["accuracy"]
         True
     """
-    own = Own(loss, metrics or {})
     return evaluate_run(
         folder_of(run),
         data,
         model=model,
-        own=own,
+        own=Own(loss, metrics or {}),
         max_gpu_mem=max_gpu_mem,
         device=device,
         skip_broken=skip_broken,
@@ -294,9 +291,8 @@ def predict(
         BudgetError: a layer does not fit in the budget.
         DiskError: the disk is full, or not writable.
     """
-    path = folder_of(run)
     return predict_run(
-        path,
+        path := folder_of(run),
         data,
         part=part,
         out=out,
@@ -325,14 +321,6 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
     Raises:
         CheckpointError: no run is there, it has not finished, its files are damaged, or the model is another one.
         ConfigError: the run names code and `trust` was not given, or the model has to be given.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     result = fit("mlp:64-32-10", "digits", max_gpu_mem="100MB", epochs=1, workdir=f"{folder}/run", device="cpu")
-        ...     model = load(result)
-        >>> model(torch.zeros(1, 64)).shape
-        torch.Size([1, 10])
     """
     return load_run(path := folder_of(run), given_model(path, model), trust=trust)
 

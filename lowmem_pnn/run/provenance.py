@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -133,8 +133,7 @@ def _code_of(value: Any, seen: set[int]) -> Any:
         if value.__doc__ is not None and code.co_consts[:1] == (value.__doc__,):
             code = code.replace(co_consts=(None, *code.co_consts[1:]))
         return _code_of([code, value.__defaults__, value.__kwdefaults__, held], seen)
-    if isinstance(value, nn.Module):
-        return without_addresses(repr(value)), _code_of(getattr(type(value), "forward", None), seen)
-    if callable(value) and not isinstance(value, type | BuiltinFunctionType):
-        return type(value).__qualname__, _code_of(type(value).__call__, seen)
+    if callable(value) and not isinstance(value, type | BuiltinFunctionType | MethodWrapperType | WrapperDescriptorType):
+        call = getattr(type(value), "forward", None) if isinstance(value, nn.Module) else type(value).__call__
+        return _code_of([type(value).__qualname__, call, getattr(value, "__dict__", {})], seen)
     return without_addresses(repr(value))

@@ -467,4 +467,4 @@ class MakesAMask(nn.Module):
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2)])
 def test_buffers_that_no_file_holds_may_grow(mask: Tensor | None) -> None:
-    assert len(capture(MakesAMask(mask), TensorSpec((4,), torch.float32)).layers) == 2
+    assert len(capture(MakesAMask(mask), vector(4)).layers) == 2
