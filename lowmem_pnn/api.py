@@ -11,13 +11,11 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device.support import budget_on
-from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit, refuse_part
-from lowmem_pnn.exporting.export_folder import ExportFolder
-from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
-from lowmem_pnn.exporting.transformers_folder import export_to_transformers
+from lowmem_pnn.errors import LowMemError
+from lowmem_pnn.exporting.export_formats import ExportFormat
 from lowmem_pnn.inference.evaluate import evaluate_run
-from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
+from lowmem_pnn.inference.export import export_run
+from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
 from lowmem_pnn.memory.available import budget_on_described
@@ -28,11 +26,8 @@ from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.asked_run import asked_run
 from lowmem_pnn.run.callbacks import Callback, checked_callbacks
-from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.process import Process
 from lowmem_pnn.settings.fit_options import FitOptions
-from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
 from lowmem_pnn.training.start import OpenInputs, begin
 from lowmem_pnn.training.start import resume as resume_training
@@ -360,23 +355,7 @@ def export(
         DiskError: the disk is full, or not writable.
     """
     path = folder_of(run)
-    check_name(to)
-    if merge and to not in (None, "safetensors"):
-        raise ConfigError(f"--merge writes safetensors, and not {to}; leave --to out")
-    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
-        finished = open_finished(rundir)
-        number = find_exit(finished.result, exit, path)
-        if merge or to == "hf":
-            refuse_part(finished.result, number, "--merge" if merge else "--to hf")
-        chosen = None if out is None else Path(out)
-        folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
-        workload = workload_of(finished, path, given_model(path, model), trust=trust)
-        rundir.clear()
-        if folder is None or to == "hf":
-            return export_to_transformers(workload, finished.config, finished.result, path, chosen)
-        if merge:
-            return export_merged(workload, path, folder)
-        return export_exit(workload, finished.result, number, path, folder, to)
+    return export_run(path, to=to, merge=merge, exit=exit, out=out, model=given_model(path, model), trust=trust)
 
 
 def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
