@@ -153,6 +153,8 @@ class Fakes:
         with (
             preserve_random_state(),
             _fake_tensor_log_disabled(),
+            # Scripted functions are first run to be looked at, and then otherwise.
+            torch.jit.optimized_execution(False),
             self.mode,
             self.unknown,
             self.known,
