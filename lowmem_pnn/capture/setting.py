@@ -153,8 +153,6 @@ class Fakes:
         with (
             preserve_random_state(),
             _fake_tensor_log_disabled(),
-            # Scripted functions are first run to be looked at, and then otherwise.
-            torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             self.mode,
             self.unknown,
             self.known,

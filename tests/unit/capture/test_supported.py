@@ -69,10 +69,6 @@ def registers_late(model: Any, x: Tensor) -> Tensor:
     return scores
 
 
-def scripted(x: Tensor) -> Tensor:
-    return x.relu() * 2
-
-
 class CountsAnd(nn.Module):
     """Counts its calls, and does something by their number; a layer of it is used from the tenth call on."""
 
@@ -352,13 +348,6 @@ def test_what_would_be_lost_is_refused_by_name(case: str) -> None:
 def test_a_scripted_module_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"module '0' of Sequential is a torch\.jit\.ScriptModule, whose tensors cannot be"):
         capture(nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 2)), vector(4))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_scripted_function_in_a_forward_is_run_as_ever() -> None:
-    double = torch.jit.script(scripted)
-    blocks = [FromFunction(lambda m, x: double(m.a(x)), a=nn.Linear(4, 4)) for _ in range(2)]
-    assert layer_names(capture(nn.Sequential(*blocks), vector(4))) == ["0", "1"]
 
 
 def test_a_hook_on_all_modules_is_refused() -> None:
