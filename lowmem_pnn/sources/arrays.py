@@ -38,6 +38,10 @@ def as_tensor(value: Any, where: str, *, palette: bool = False) -> Tensor:
         DataError: The value is none of these, or holds no real numbers.
     """
     if isinstance(value, Tensor):
+        if value.is_nested:
+            raise DataError(
+                f"{where} holds a nested tensor; make it dense with torch.nested.to_padded_tensor(), or give a list of tensors"
+            )
         if value.layout != torch.strided:
             raise DataError(f"{where} holds a sparse tensor; make it dense with to_dense()")
         return value.detach().cpu()
@@ -56,6 +60,10 @@ def as_tensor(value: Any, where: str, *, palette: bool = False) -> Tensor:
     # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
     if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
+    if np.ma.is_masked(value):
+        raise DataError(
+            f"{where} holds a masked array with masked values, which would be learnt as any others; fill them, with filled()"
+        )
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where} holds values of dtype {array.dtype}; give real numbers")

@@ -124,6 +124,14 @@ class Stream(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (
+            (torch.nested.nested_tensor([torch.zeros(2)] * 4, layout=torch.jagged), Y),
+            r"the data set holds a nested tensor; make it dense with",
+        ),
+        (
+            (np.ma.masked_less(np.eye(4), 0.5), Y),
+            r"the data set holds a masked array with masked values, .* fill them, with filled\(\)$",
+        ),
         ((sparse(), Y), r"the data set holds a sparse csr_matrix; make it dense with toarray\(\)$"),
         (
             (X, ["cat", "dog", "eel", "cat"]),
