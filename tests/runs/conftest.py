@@ -1,4 +1,4 @@
-"""Fixtures of whole runs: a layer that one run has measured is measured for all, and all weights and state move."""
+"""Fixtures of whole runs: a model that one run has cut and measured is cut and measured for all, and all weights and state move."""
 
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.equal_models import cut_once
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning import batch_plan
@@ -31,6 +32,13 @@ def _equal_layers_are_measured_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeRun, "measure", measure_once)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _equal_models_are_cut_once() -> Iterator[None]:
+    """Keep the layers of models from run to run: cutting them is half of what a small run takes that is measured already."""
+    with cut_once():
         yield
 
 
