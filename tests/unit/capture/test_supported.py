@@ -460,8 +460,8 @@ class MakesAMask(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mask is None or len(self.mask) < x.shape[1]:
-            self.mask = torch.ones(x.shape[1])
+        if self.mask is None or self.mask.shape[0] < x.shape[1]:
+            self.mask = torch.ones(x.shape[1], device=x.device)
         return self.b(self.a(x) * self.mask)
 
 
