@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
@@ -20,6 +21,8 @@ from lowmem_pnn.workload import Workload
 
 # What may change the order of sums, and so last bits, with its name in messages.
 _ROUNDING = {"torch": "torch", "cpu": "kernels for", "threads": "threads:", "gpu": "a"}
+
+_MOST_ITEMS = 100  # of a collection that a loss holds
 
 
 def provenance(workload: Workload, device: Device) -> dict[str, str]:
@@ -114,19 +117,19 @@ def _code_of(value: Any, seen: set[int]) -> Any:
     """Return what stands for a value in a hash that is the same in every process."""
     if id(value) in seen:
         return "itself"
+    seen = seen | {id(value)}
     if isinstance(value, CodeType):
         return value.co_code, value.co_names, [_code_of(one, seen) for one in value.co_consts]
     if isinstance(value, set | frozenset):
         return sorted(repr(_code_of(one, seen)) for one in value)
     if isinstance(value, tuple | list):
-        return [_code_of(one, seen) for one in value]
+        return len(value), [_code_of(one, seen) for one in value[:_MOST_ITEMS]]
     if isinstance(value, dict):
-        return [(repr(key), _code_of(one, seen)) for key, one in value.items()]
-    seen = seen | {id(value)}
+        return len(value), [(_code_of(key, seen), _code_of(one, seen)) for key, one in islice(value.items(), _MOST_ITEMS)]
     if isinstance(value, partial):
         return _code_of([value.func, value.args, value.keywords], seen)
     if isinstance(value, MethodType):
-        return _code_of(value.__func__, seen)
+        return _code_of([value.__func__, getattr(value.__self__, "__dict__", {})], seen)
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         code = value.__code__

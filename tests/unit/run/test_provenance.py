@@ -33,7 +33,13 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Scaled:
-    """A loss that is called."""
+    """A loss that is called, or whose method is."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor, self.own = factor, [self]
+
+    def by_name(self, outputs: Any, targets: Any) -> Any:
+        return self.factor * (outputs - targets)
 
     def __call__(self, outputs: Any, targets: Any) -> Any:
         return outputs - targets
@@ -57,6 +63,7 @@ def test_a_hash_of_code_is_that_of_what_is_done() -> None:
     assert _code_hash(first) == _code_hash(first_again) != _code_hash(second)
     assert _code_hash(wrapped(first)) == _code_hash(wrapped(first_again)) != _code_hash(wrapped(second))
     assert _code_hash(functools.partial(first, reduction="mean")) != _code_hash(functools.partial(first, reduction="none"))
+    assert _code_hash(Scaled(2.0).by_name) != _code_hash(Scaled(3.0).by_name)
     kinds = [Scaled(), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.functional.huber_loss, torch.dist]
     assert len(set(map(_code_hash, kinds))) == len(kinds)
 
