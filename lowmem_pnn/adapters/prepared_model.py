@@ -20,7 +20,7 @@ from lowmem_pnn.adapters.lora import (
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure
-from lowmem_pnn.pretrained.freezing import with_frozen
+from lowmem_pnn.pretrained.freezing import names_by_tensor, with_frozen
 from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ def prepared(
     options = config if early else config.after_unfreezing
     targets: list[str] = []
     base: set[str] = set()
+    learning: set[str] = set()
     if config.lora is not None:
         whole = config.modules_to_save or ()
         targets, base = target_names(model, config.lora, whole), frozen_base(model, whole)
-    result = with_frozen(model, options, base)
+        learning = {name for names in names_by_tensor(model).values() for name in names} - base
+    result = with_frozen(model, options, base, learning)
     if config.frozen_form == "fp32" and config.weights_dtype == "fp32" and not targets:
         return result
     result = copy_structure(result)

@@ -94,7 +94,7 @@ def test_all_linear_leaves_out_the_outputs_and_what_is_read_without_being_run() 
         ({"lora": "targets=xyz"}, "--lora targets 'xyz' matches no module of the model; there are: query_proj, head"),
         (
             {"lora": "targets=words"},
-            "--lora targets 'words' is module 'words', an Embedding, and adapters are for linear layers; there are: query_proj, head",
+            "--lora targets 'words' is module 'words', of type Embedding, and adapters are for linear layers; there are: query_proj, head",
         ),
         (
             {"lora": "targets=out_proj"},
@@ -164,6 +164,15 @@ def test_the_users_model_stays_as_it_is() -> None:
     assert kept["attention.out_proj.weight"] == ("float32", False)
     assert kept["head.weight"] == ("bfloat16", False)
     assert kept["query_proj.lora_B"] == ("float32", True)
+
+
+def test_what_learns_whole_learns_though_the_models_code_froze_it() -> None:
+    model = Attending().requires_grad_(False)
+    ours = prepared(model, config(lora="r=2", modules_to_save="head"))
+    assert not any(one.requires_grad for one in model.parameters())
+    learns = {name for name, one in ours.named_parameters() if one.requires_grad}
+    assert learns == {"head.weight", "head.bias", "query_proj.lora_A", "query_proj.lora_B"}
+    assert ours.head.weight.data_ptr() == model.head.weight.data_ptr()
 
 
 def test_transformer_layers_of_pytorch_run_their_adapters_in_eval_mode_too() -> None:
