@@ -19,8 +19,8 @@ from lowmem_pnn.zoo.library_models import PretrainedValues
 
 # Values that are read at once, so that no tensor is whole in memory: 16 MB of float32.
 _PIECE = 1 << 22
-# What training wrappers put before every name.
-_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.")
+# What training wrappers put before the names of a model, and what a model is called in a larger one.
+_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod.", "net.", "backbone.")
 _MOST_NAMED = 4
 
 
@@ -170,7 +170,8 @@ def match(
         if name in persistent and name not in beside and not (name in stored and stored[name].end)
     }
     prefix = _prefix(found, wanted)
-    bare = {name.removeprefix(prefix): name for name in found}
+    # A name that is the model's with and without the prefix is the one with it.
+    bare = {name.removeprefix(prefix): name for name in sorted(found, key=lambda name: name.startswith(prefix))}
     head, taken, faults, missing, used = _head(chain) if head_may_be_new else set(), {}, [], [], set()
     new: dict[str, str] = {}
     cast = 0
@@ -261,14 +262,13 @@ def _head(chain: Chain) -> set[str]:
 
 
 def _prefix(found: Collection[str], wanted: Collection[str]) -> str:
-    """Return the prefix that all names in files have, if without it more of them are the model's."""
+    """Return the prefix that names in files have, if without it more of them are the model's; other names may be beside these."""
 
     def hits(prefix: str) -> int:
-        return sum(1 for name in found if name.removeprefix(prefix) in wanted)
+        return sum(1 for name in found if name.startswith(prefix) and name[len(prefix) :] in wanted)
 
-    candidates = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in found)]
-    best = max(candidates, key=hits, default="")
-    return best if best and hits(best) > hits("") else ""
+    best = max(_PREFIXES, key=hits)
+    return best if hits(best) > hits("") else ""
 
 
 def shortened(texts: Sequence[str]) -> str:

@@ -54,11 +54,19 @@ def test_a_head_that_is_not_there_is_new_and_another_is_left_out() -> None:
     assert found.left_out == ["classifier.weight", "classifier.bias"]
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone."])
 def test_a_prefix_of_a_wrapper_is_left_off(prefix: str) -> None:
     found = matched({prefix + name: value for name, value in Net().state_dict().items()})
     assert found.prefix == prefix
     assert dict(found.names) == {name: prefix + name for name in Net().state_dict()}
+
+
+def test_other_names_may_be_beside_those_with_a_prefix() -> None:
+    state = {f"module.{name}": value for name, value in Net().state_dict().items()}
+    found = matched({"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(3), **state})
+    assert (found.prefix, found.left_out) == ("module.", ["n_averaged", "criterion.weight"])
+    found = matched({**state, "head.bias": torch.zeros(3)})
+    assert found.names["head.bias"] == "module.head.bias"
 
 
 def test_values_come_in_the_models_type(tmp_path: Path) -> None:
