@@ -17,11 +17,12 @@ from lowmem_pnn.adapters.lora import (
     output_layer,
     target_names,
 )
+from lowmem_pnn.config.adapter_options import ALL_LINEAR, LoraOptions
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure
 from lowmem_pnn.pretrained.freezing import names_by_tensor, with_frozen
-from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
+from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, is_conv1d, store
 
 if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
@@ -109,6 +110,28 @@ def frozen_head_notes(chain: Chain, task: str | None) -> list[str]:
     return [
         f"the head for classes ({', '.join(heads)}) has no adapter and keeps the values that it began with: name it in --modules-to-save to "
         "have it learn"
+    ]
+
+
+def output_layer_notes(chain: Chain, options: LoraOptions) -> list[str]:
+    """Return that `all-linear` has left out another layer than the one that makes the outputs: the last in the constructor, not in the forward.
+
+    Args:
+        chain: the model in layers, with adapters.
+        options: adapters.
+    """
+    if options.targets != (ALL_LINEAR,):
+        return []
+    linear = (
+        {name: module for name, module in layer.module.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+        for layer in reversed(chain.layers)
+    )
+    last = next((found for found in linear if found), {})
+    if len(last) != 1 or not adapter_modules(last.items()):
+        return []
+    return [
+        f"{next(iter(last))!r}, which makes the outputs, has an adapter: all-linear leaves out the linear layer that the constructor makes "
+        "last; name layers in --lora targets"
     ]
 
 

@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowmem_pnn.adapters.lora import target_names
-from lowmem_pnn.adapters.prepared_model import frozen_head_notes, prepared
+from lowmem_pnn.adapters.prepared_model import frozen_head_notes, output_layer_notes, prepared
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.adapter_options import LoraOptions
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import TensorSpec
 
 
 def config(**options: Any) -> Any:
@@ -202,3 +204,20 @@ def test_a_head_in_which_nothing_learns_is_said(task: str | None, learning: tupl
     notes = frozen_head_notes(chain, task)
     assert bool(notes) == (heads is not None)
     assert all(f"head for classes ({heads}) has no adapter" in note and "--modules-to-save" in note for note in notes)
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_another_layer_than_that_of_the_outputs_is_said_to_be_left_out(head_first: bool) -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("head", "body") if head_first else ("body", "head"):
+                self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.body(x)).flatten(1)
+            return out
+
+    chain = capture(prepared(Ordered(), config(lora="r=2")), TensorSpec((4,), torch.float32))
+    notes = output_layer_notes(chain, LoraOptions(r=2))
+    assert [note.partition(":")[0] for note in notes] == ["'head', which makes the outputs, has an adapter"] * head_first
