@@ -52,7 +52,10 @@ def with_frozen(
     thawed = {
         id(parameter): nn.Parameter(parameter.detach())
         for parameter in model.parameters()
-        if id(parameter) not in by_id and not parameter.requires_grad and not set(aliases[id(parameter)]).isdisjoint(whole)
+        if parameter.is_floating_point()
+        and id(parameter) not in by_id
+        and not parameter.requires_grad
+        and not set(aliases[id(parameter)]).isdisjoint(whole)
     }
     copied = copy_structure(model, {**twins, **thawed})
     for name in norms:
