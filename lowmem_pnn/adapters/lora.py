@@ -96,7 +96,7 @@ def target_names(model: nn.Module, options: LoraOptions, whole: Sequence[str] = 
                 continue
             if not _is_linear(modules[name]):
                 raise ConfigError(
-                    f"--lora targets {end!r} is module {name!r}, an {type(modules[name]).__name__}, and adapters are for linear layers"
+                    f"--lora targets {end!r} is module {name!r}, of type {type(modules[name]).__name__}, and adapters are for linear layers"
                     f"{_near(end, linear)}"
                 )
             if (fault := _fault(model, name)) is not None:

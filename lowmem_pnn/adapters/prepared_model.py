@@ -17,11 +17,12 @@ from lowmem_pnn.adapters.lora import (
     output_layer,
     target_names,
 )
+from lowmem_pnn.config.adapter_options import ALL_LINEAR, LoraOptions
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure
-from lowmem_pnn.pretrained.freezing import with_frozen
-from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
+from lowmem_pnn.pretrained.freezing import names_by_tensor, with_frozen
+from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, is_conv1d, store
 
 if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
@@ -45,10 +46,12 @@ def prepared(
     options = config if early else config.after_unfreezing
     targets: list[str] = []
     base: set[str] = set()
+    learning: set[str] = set()
     if config.lora is not None:
         whole = config.modules_to_save or ()
         targets, base = target_names(model, config.lora, whole), frozen_base(model, whole)
-    result = with_frozen(model, options, base)
+        learning = {name for names in names_by_tensor(model).values() for name in names} - base
+    result = with_frozen(model, options, base, learning)
     if config.frozen_form == "fp32" and config.weights_dtype == "fp32" and not targets:
         return result
     result = copy_structure(result)
@@ -107,6 +110,28 @@ def frozen_head_notes(chain: Chain, task: str | None) -> list[str]:
     return [
         f"the head for classes ({', '.join(heads)}) has no adapter and keeps the values that it began with: name it in --modules-to-save to "
         "have it learn"
+    ]
+
+
+def output_layer_notes(chain: Chain, options: LoraOptions) -> list[str]:
+    """Return that `all-linear` has left out another layer than the one that makes the outputs: the last in the constructor, not in the forward.
+
+    Args:
+        chain: the model in layers, with adapters.
+        options: adapters.
+    """
+    if options.targets != (ALL_LINEAR,):
+        return []
+    linear = (
+        {name: module for name, module in layer.module.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+        for layer in reversed(chain.layers)
+    )
+    last = next((found for found in linear if found), {})
+    if len(last) != 1 or not adapter_modules(last.items()):
+        return []
+    return [
+        f"{next(iter(last))!r}, which makes the outputs, has an adapter: all-linear leaves out the linear layer that the constructor makes "
+        "last; name layers in --lora targets"
     ]
 
 

@@ -1,8 +1,9 @@
 """Options of adapters, and of how weights are kept: low-rank adapters on a frozen base, and types of weights. No torch here."""
 
+import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -51,8 +52,10 @@ class LoraOptions:
 
 
 def _lora(value: Any) -> Any:
-    if value is None or isinstance(value, LoraOptions):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, LoraOptions):
+        value = dataclasses.asdict(value)  # whose values nobody has looked at
     given = _pairs(value) if isinstance(value, str) else value
     if not isinstance(given, Mapping):
         raise ValueError("write r=16,alpha=32,targets=q_proj+v_proj,dropout=0.05, or what of it is to differ from the defaults")
@@ -60,7 +63,12 @@ def _lora(value: Any) -> Any:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1)
             raise ValueError(f"there is no {key!r}; give {near[0] if near else 'one of ' + ', '.join(_KEYS)}")
-    targets = given.get("targets", (ALL_LINEAR,))
+    targets = given.get("targets")
+    targets = (ALL_LINEAR,) if targets is None else targets
+    if not isinstance(targets, str | Iterable):
+        raise ValueError(f"targets is {targets!r}; write names with + between them: targets=q_proj+v_proj")
+    if isinstance(targets, Set):  # whose order is another in every process
+        targets = sorted(map(str, targets))
     targets = tuple(part.strip() for part in (targets.split("+") if isinstance(targets, str) else map(str, targets)))
     if not targets or not all(targets):
         raise ValueError("targets has a name that is empty; write names with + between them: targets=q_proj+v_proj")

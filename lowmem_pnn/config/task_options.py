@@ -11,7 +11,7 @@ from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS
 
 
 def _weights(value: Any) -> Any:
-    if value in (None, "balanced"):
+    if value is None or (isinstance(value, str) and value == "balanced"):  # an array is no word, and compares element by element
         return value
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))

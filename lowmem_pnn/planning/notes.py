@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lowmem_pnn.adapters.prepared_model import adapter_modules, frozen_head_notes
+from lowmem_pnn.adapters.prepared_model import adapter_modules, frozen_head_notes, output_layer_notes
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device
@@ -115,7 +115,7 @@ def adapter_notes(workload: Workload) -> list[str]:
         if config.modules_to_save:
             text += f"; {shortened(config.modules_to_save)} learn{'s' if len(config.modules_to_save) == 1 else ''} whole"
         facts = workload.source.transformers
-        notes += [text, *frozen_head_notes(chain, None if facts is None else facts.task)]
+        notes += [text, *output_layer_notes(chain, config.lora), *frozen_head_notes(chain, None if facts is None else facts.task)]
     kept: dict[str, dict[str, int]] = {}
     learning = {
         chain.owner_of(name): one.numel()

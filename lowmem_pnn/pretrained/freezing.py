@@ -16,20 +16,23 @@ from lowmem_pnn.model.copies import copy_structure
 _MOST_NAMED = 3
 
 
-def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[str] = ()) -> nn.Module:
+def with_frozen(
+    model: nn.Module, options: FineTuningOptions, base: Collection[str] = (), whole: Collection[str] = ()
+) -> nn.Module:
     """Return a copy of a model over the same tensors, in which what the options freeze does not learn.
 
-    A BatchNorm whose parameters are all frozen, some of them by the options, stays in eval mode under `model.train()`.
+    A BatchNorm whose parameters are all frozen, some of them by the options or beside adapters, stays in eval mode under `model.train()`.
 
     Args:
         model: the user's model, which stays as it is; returned itself where the options freeze nothing.
         options: patterns of parameter names.
         base: names of parameters that are frozen too, since adapters learn instead.
+        whole: names of parameters that learn beside adapters, even where the model's code froze them, as with peft.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to learn.
+        ConfigError: a pattern matches nothing, or only what the model's code froze and is to learn; or nothing is left to learn.
     """
-    if not options.freezes and not base:
+    if not options.freezes and not base and not whole:
         return model
     names = [name for name, _ in nn.Module.named_parameters(model, remove_duplicate=False)]
     aliases = names_by_tensor(model)
@@ -41,11 +44,20 @@ def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[s
         frozen |= {f"{name}.{own}" for name, module in norms.items() for own, _ in module.named_parameters(recurse=False)}
     by_id = {tensor for tensor, own in aliases.items() if not frozen.isdisjoint(own)}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in by_id]
-    if not learning and not base:
+    _check_learning(options, [name for one in model.parameters() if one.requires_grad for name in aliases[id(one)]], names)
+    if not learning and not base and not whole:
         asked = " ".join(options.freezing_flags)
         raise ConfigError(f"{asked} leaves no parameter that learns; freeze less")
     twins = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters() if id(parameter) in by_id}
-    copied = copy_structure(model, twins)
+    thawed = {
+        id(parameter): nn.Parameter(parameter.detach())
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+        and id(parameter) not in by_id
+        and not parameter.requires_grad
+        and not set(aliases[id(parameter)]).isdisjoint(whole)
+    }
+    copied = copy_structure(model, {**twins, **thawed})
     for name in norms:
         module = copied.get_submodule(name)
         own = list(module.parameters(recurse=False))
@@ -103,6 +115,17 @@ def check_patterns(flag: str, patterns: Iterable[str], names: Sequence[str]) -> 
     for pattern in patterns:
         if not matching(pattern, names):
             raise ConfigError(f"{flag} {pattern!r} matches no parameter of the model{suggestion(pattern, names)}")
+
+
+def _check_learning(options: FineTuningOptions, learning: Collection[str], names: Sequence[str]) -> None:
+    """Refuse patterns of what is to learn that match only what the model's code froze."""
+    for pattern in options.train_only or ():
+        if not matching(pattern, learning):
+            frozen = min(matching(pattern, names), key=names.index)
+            raise ConfigError(
+                f"--train-only {pattern!r} matches only parameters that the model's code froze, such as {frozen!r}; leave it out, or "
+                "set requires_grad where the model is made"
+            )
 
 
 def _frozen_by_patterns(groups: Iterable[list[str]], names: Sequence[str], options: FineTuningOptions) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError
@@ -18,8 +19,8 @@ from lowmem_pnn.zoo.library_models import PretrainedValues
 
 # Values that are read at once, so that no tensor is whole in memory: 16 MB of float32.
 _PIECE = 1 << 22
-# What training wrappers put before every name.
-_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.")
+# What training wrappers put before the names of a model, and what a model is called in a larger one.
+_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod.", "net.", "backbone.")
 _MOST_NAMED = 4
 
 
@@ -36,6 +37,7 @@ class PretrainedWeights:
         cast: number of tensors whose type in the files is another one than in the model.
         new_names: names of the tensors in `new`.
         stored: tensors of the model that a weight in the files is converted to, by name.
+        also: further names in the files of a tied tensor, by the one under which it is taken; their values must be the same.
     """
 
     values: PretrainedValues
@@ -46,6 +48,7 @@ class PretrainedWeights:
     cast: int
     new_names: Sequence[str] = ()
     stored: Mapping[str, StoredPart] = field(default_factory=dict)
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @contextmanager
     def reading(self, folder: Path) -> Iterator[Callable[[str, TensorLayout], Iterator[tuple[int, Tensor]]]]:
@@ -57,7 +60,7 @@ class PretrainedWeights:
             folder: folder of files that are mapped meanwhile.
 
         Raises:
-            ConfigError: a tensor that no layer holds has another shape.
+            ConfigError: a tensor that no layer holds has another shape, or one that the model ties has several values in the files.
         """
         layouts = self.values.layouts()
         with self.values.reading(folder) as read:
@@ -70,14 +73,27 @@ class PretrainedWeights:
                         f"--weights {self.values.where}: {name} is {describe(dtype, shape)} in the model and {describe(*layouts[own])} in the "
                         "file"
                     )
+                size = math.prod(shape)
+                if part is None or not part.end:
+                    for start in range(0, size, _PIECE) if own in self.also else ():
+                        self._check_ties(own, read, slice(start, min(start + _PIECE, size)), dtype)
                 if part is not None:
                     yield 0, part.form.encode(read(own))[part.end].contiguous().view(-1)
                     return
-                size = math.prod(shape)
                 for start in range(0, size, _PIECE):
                     yield start, read(own, elements=slice(start, min(start + _PIECE, size))).to(dtype)
 
             yield pieces
+
+    def _check_ties(self, own: str, read: Callable[..., Tensor], elements: slice, dtype: torch.dtype) -> None:
+        """Refuse a tied tensor whose names have several values in the files: only one of them would be trained from."""
+        values = read(own, elements=elements).to(dtype)
+        for other in self.also[own]:
+            if not torch.equal(values, read(other, elements=elements).to(dtype)):
+                raise ConfigError(
+                    f"--weights {self.values.where}: {own!r} and {other!r} differ in the file, and are one tensor in the model; leave one out "
+                    "of the file, or give a model that does not tie them (of transformers: tie_word_embeddings=False)"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `result.json` says of them, which a resume compares."""
@@ -154,10 +170,12 @@ def match(
         if name in persistent and name not in beside and not (name in stored and stored[name].end)
     }
     prefix = _prefix(found, wanted)
-    bare = {name.removeprefix(prefix): name for name in found}
+    # A name that is the model's with and without the prefix is the one with it.
+    bare = {name.removeprefix(prefix): name for name in sorted(found, key=lambda name: name.startswith(prefix))}
     head, taken, faults, missing, used = _head(chain) if head_may_be_new else set(), {}, [], [], set()
     new: dict[str, str] = {}
     cast = 0
+    also: dict[str, list[str]] = {}
     groups = {group[0]: group for group in chain.ties}
     # By the names under which tensors are stored: a tied one's may be of a module that no layer has.
     owned = {chain.owner_of(name): layout for name, layout in wanted.items()}
@@ -178,6 +196,12 @@ def match(
         if its_shape == shape and same_kind:
             taken[name] = bare[aliases[0]]
             cast += its_dtype != dtype
+            also |= {bare[aliases[0]]: [bare[one] for one in aliases[1:]]} if len(aliases) > 1 else {}
+            faults += [
+                f"{alias} is one tensor with {aliases[0]} in the model, and of shape {found[bare[alias]][1]}, not {shape}, in the file"
+                for alias in aliases[1:]
+                if found[bare[alias]][1] != shape
+            ]
         elif name in head and its_shape[1:] == shape[1:] and len(its_shape) == len(shape) and same_kind:
             new[name] = f"{name} {shape}"
         else:
@@ -201,8 +225,21 @@ def match(
             "that they were made with"
         )
     left_out = [name for short, name in bare.items() if short not in used and not short.endswith("num_batches_tracked")]
+    _check_scales(values.where, found, taken.values(), left_out)
     taken |= {name: taken[part.weight] for name, part in stored.items() if part.weight in taken and chain.owner_of(name) == name}
-    return PretrainedWeights(values, taken, list(new.values()), left_out, prefix, cast, list(new), stored)
+    return PretrainedWeights(values, taken, list(new.values()), left_out, prefix, cast, list(new), stored, also)
+
+
+def _check_scales(where: str, found: Mapping[str, TensorLayout], taken: Collection[str], left_out: Collection[str]) -> None:
+    """Refuse weights of 8 bits whose values are what they are with a scale alone, which the model has no tensor for."""
+    for name in taken:
+        if not (found[name][0].is_floating_point and found[name][0].itemsize == 1):
+            continue
+        if scale := next((one for one in left_out if one.startswith(f"{name}_scale")), None):
+            raise ConfigError(
+                f"--weights {where}: {name!r} is {str(found[name][0]).removeprefix('torch.')}, and its scale {scale!r} would be left out; "
+                "multiply them, and give the weights in float32 or bfloat16"
+            )
 
 
 def _layouts(chain: Chain) -> dict[str, TensorLayout]:
@@ -225,14 +262,13 @@ def _head(chain: Chain) -> set[str]:
 
 
 def _prefix(found: Collection[str], wanted: Collection[str]) -> str:
-    """Return the prefix that all names in files have, if without it more of them are the model's."""
+    """Return the prefix that names in files have, if without it more of them are the model's; other names may be beside these."""
 
     def hits(prefix: str) -> int:
-        return sum(1 for name in found if name.removeprefix(prefix) in wanted)
+        return sum(1 for name in found if name.startswith(prefix) and name[len(prefix) :] in wanted)
 
-    candidates = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in found)]
-    best = max(candidates, key=hits, default="")
-    return best if best and hits(best) > hits("") else ""
+    best = max(_PREFIXES, key=hits)
+    return best if hits(best) > hits("") else ""
 
 
 def shortened(texts: Sequence[str]) -> str:

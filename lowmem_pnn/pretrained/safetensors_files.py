@@ -50,8 +50,10 @@ class SafetensorsFiles:
     def reading(self, folder: Path) -> Iterator[Callable[..., Tensor]]:
         """Return a context with a function that reads one tensor, or some elements of it, flat; nothing is made in the folder."""
         with ExitStack() as stack:
-            files = {path: stack.enter_context(TensorFile.open(path, remedy=_REMEDY)) for path in self._files()}
-            homes = {name: file for file in files.values() for name in file.entries}
+            homes: dict[str, TensorFile] = {}
+            for path, names in self._files().items():
+                file = stack.enter_context(TensorFile.open(path, remedy=_REMEDY))
+                homes |= dict.fromkeys(file.entries if names is None else names, file)
             yield lambda name, elements=None: homes[name].read(name, elements=elements)
 
     def sha256(self) -> str:

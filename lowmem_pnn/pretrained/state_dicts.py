@@ -56,29 +56,53 @@ class GivenTensors:
 
 
 def tensors_of(found: Any, where: str) -> Mapping[str, Tensor]:
-    """Return the tensors of a `state_dict`, or of the one in a checkpoint (`state_dict`, `model`, `model_state_dict`), which may have others.
+    """Return the tensors of a `state_dict`, or of the one in a checkpoint: under a usual name (`state_dict`, `model`, `model_state_dict`),
+    or the only one there.
 
     Args:
         found: what a file held, or somebody gave.
         where: where it is from, for messages.
 
     Raises:
-        ConfigError: it holds no tensors by name, or one that is not dense.
+        ConfigError: it holds no tensors by name, one that is not dense, or several state_dicts none of which has a usual name.
 
     Example:
         >>> list(tensors_of({"best": torch.ones(()), "state_dict": {"fc.bias": torch.zeros(2)}}, "x.pt"))
         ['fc.bias']
+        >>> list(tensors_of({"epoch": torch.ones(()), "net": {"fc.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}}, "x.pt"))
+        ['fc.weight', 'fc.bias']
     """
-    candidates = [*(found.get(key) for key in _KEYS), found] if isinstance(found, Mapping) else []
-    for candidate in candidates:
-        if isinstance(candidate, Mapping):
-            tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
-            if tensors:
+    if isinstance(found, Mapping):
+        for key in _KEYS:
+            if isinstance(found.get(key), Mapping) and (tensors := _tensors(found[key]) or _tensors_below(found[key], where)):
                 return tensors
+        direct, below = _tensors(found), _tensors_below(found, where, more_than=len(_tensors(found)))
+        if below or direct:
+            return below or direct
     raise ConfigError(
         f"--weights: {where} holds a {type(found).__name__} without tensors; give a state_dict, or a dict that has one under "
         f"{', '.join(map(repr, _KEYS))}"
     )
+
+
+def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _tensors_below(found: Mapping[Any, Any], where: str, more_than: int = 0) -> dict[str, Tensor]:
+    """Return the tensors of the one dictionary in another that has any, or more than that has itself; beside them may be a count of steps."""
+    # A module's own state (`_extra_state`) has a name with dots.
+    named = {
+        str(key): value
+        for key, value in found.items()
+        if isinstance(value, Mapping) and "." not in str(key) and key != "_extra_state"
+    }
+    below = {key: tensors for key, value in named.items() if len(tensors := _tensors(value)) > more_than}
+    if len(below) > 1:
+        raise ConfigError(
+            f"--weights: {where} holds tensors under {', '.join(map(repr, below))}; give one of them, as a state_dict of its own"
+        )
+    return next(iter(below.values()), {})
 
 
 def layouts_of(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, TensorLayout]:

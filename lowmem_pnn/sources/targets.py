@@ -71,7 +71,7 @@ class Targets:
         kind: What a target is.
         num_classes: Number of classes; of labels or values, how many a sample has; 0 where nothing is known of them.
         shape: Shape of one sample's target, as it is kept.
-        dtype: Element type, as it is kept: int64, uint8 for masks of up to 256 classes, float32; of the user's own any.
+        dtype: Element type, as it is kept: int64, uint8 for masks that bytes hold, float32; of the user's own any.
         ignored: Class number that losses and scores leave out; None where there are no classes.
         packing: How several tensors are kept as one; None where a target is one tensor.
     """
@@ -269,7 +269,8 @@ def find_targets(
     if kind == "mask":
         ignored = MASK_IGNORED if ignored is None else ignored
         mask = _without_channel(y, where)
-        small = mask.dtype == torch.uint8 or (are_all and fits_bytes(mask))
+        # Bytes cannot hold, nor be compared with, a number that is left out and is none of theirs.
+        small = 0 <= ignored < 256 and (mask.dtype == torch.uint8 or (are_all and fits_bytes(mask)))
         return Targets("mask", _count(mask, ignored), tuple(mask.shape[1:]), torch.uint8 if small else torch.int64, ignored)
     return Targets(kind, torch.Size(y.shape[1:]).numel(), tuple(y.shape[1:]), torch.float32)
 
@@ -380,6 +381,8 @@ def _without_channel(mask: Tensor, where: str) -> Tensor:
 
 
 def _count(labels: Tensor, ignored: int | None) -> int:
+    if ignored is not None and labels.dtype == torch.uint8 and not 0 <= ignored < 256:
+        ignored = None  # compared with bytes it would be another number
     counted = labels if ignored is None else labels[labels != ignored]
     return max(int(counted.max()) if counted.numel() else 0, 0) + 1
 

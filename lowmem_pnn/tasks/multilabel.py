@@ -1,5 +1,6 @@
 """Multi-label classification: several labels of a sample may hold, each by a binary cross entropy of its own."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.tasks.scores import Scores
 from lowmem_pnn.tasks.task import Task, at_least_float32
 
-# Places between 0 and 1 at which precision and recall are counted.
+# Places between the lowest and the highest logit at which precision and recall are counted. They are as close as 0.001 at 0, and grow apart
+# with the logit, by 1 % of it: what is rare has logits far below 0 alone, whose probabilities would all be at one place.
 _BINS = 2000
+_MOST = 100.0
+_EVEN_TO = 0.1
 
 
 class MultiLabel(Task):
@@ -87,13 +91,11 @@ class LabelScores(Scores):
             float(self._task.loss(outputs, targets.to(outputs[self._task.output].device), training=False)), len(targets)
         )
         # Logits of 0 and below to the lower half, so that a label is given from the middle on.
-        scores = torch.sigmoid(outputs[self._task.output].double()).cpu()
-        places = torch.where(
-            outputs[self._task.output].cpu() > 0,
-            (scores * _BINS).floor().clamp(_BINS // 2, _BINS - 1),
-            (scores * _BINS).ceil() - 1,
+        logits = outputs[self._task.output].double().cpu().nan_to_num(nan=-_MOST).clamp(-_MOST, _MOST)
+        scaled = (torch.asinh(logits / _EVEN_TO) / math.asinh(_MOST / _EVEN_TO) + 1) * (_BINS / 2)
+        places = (
+            torch.where(logits > 0, scaled.floor().clamp(_BINS // 2, _BINS - 1), scaled.ceil() - 1).clamp(0, _BINS - 1).long()
         )
-        places = places.clamp(0, _BINS - 1).long()
         has = targets > 0.5
         labels = torch.arange(self._task.head_size).expand_as(places)
         for number, chosen in enumerate((~has, has)):
@@ -108,7 +110,7 @@ class LabelScores(Scores):
     def result(self) -> dict[str, Any]:
         """`loss`, `accuracy` (of single labels), `f1` and `average_precision`, means over the labels that occur.
 
-        Average precision is counted at 2,000 places between 0 and 1; samples whose scores fall between the same two count as equal.
+        Average precision is counted at 2,000 places of the logits; samples whose logits fall between the same two count as equal.
         """
         negatives, positives = self._counts
         middle = _BINS // 2

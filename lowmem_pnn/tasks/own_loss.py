@@ -20,6 +20,8 @@ OwnLoss = Callable[[Any, Any], Any]
 
 # Relative difference up to which the parts of a batch give what the batch gives.
 _ROUNDING = 1e-4
+# Of the losses themselves, not of what somebody derives from them.
+_FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
 
 
 class OwnTask(Task):
@@ -50,36 +52,30 @@ class OwnTask(Task):
         """Nothing: the loss itself takes outputs, or raises."""
         return None
 
-    def examine(self, targets: Tensor, outputs: tuple[TensorSpec, ...]) -> None:
+    def examine(self, groups: Sequence[Tensor], outputs: tuple[TensorSpec, ...]) -> None:
         """Find out, on made-up outputs, whether parts of a batch add up to the batch.
 
         Args:
-            targets: Targets of a few samples, as they are kept.
+            groups: Targets of a few samples, as they are kept; several times, since samples that weigh alike tell nothing.
             outputs: Output tensors of the model.
 
         Raises:
             ConfigError: The loss raises, or does not return a number, or a pair of numbers.
         """
-        parts = [slice(0, 1), slice(1, len(targets))]
-        made_up = made_up_outputs(outputs, len(targets))
         given, before = self._function, _state_of(self._function)
         try:
             # On a copy: what it is tried on is no batch.
             self._function = copy.deepcopy(given)
-            whole = float(self.loss(made_up, targets, training=True))
-            shares = self.shares(targets, parts, outputs)
-            pieces = [
-                float(self.loss(tuple(tensor[part] for tensor in made_up), targets[part], training=True)) * share
-                for part, share in zip(parts, shares, strict=True)
-                if share
-            ]
+            add_up = True
+            for targets in groups:
+                add_up = self._adds_up(targets, outputs) and add_up
         except ConfigError:
             raise
         except Exception as error:  # whatever a user's function raises is the user's to see
             shapes = ", ".join(str(("batch", *spec.shape)) for spec in outputs)
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"loss {self._title} failed on outputs {shapes} and targets of {len(targets)} samples: {type(error).__name__}: {reason}; mend "
+                f"loss {self._title} failed on outputs {shapes} and targets of {len(groups[0])} samples: {type(error).__name__}: {reason}; mend "
                 "it"
             ) from error
         finally:
@@ -89,7 +85,22 @@ class OwnTask(Task):
                 f"loss {self._title} changes its {changed[0]!r} when it is called, which no commit keeps, and once for each part of a batch; "
                 "make it a part of the model, in a buffer"
             )
-        self.needs_whole_batch = not abs(sum(pieces) - whole) <= _ROUNDING * max(abs(whole), 1e-12)
+        self.needs_whole_batch = not add_up
+
+    def _adds_up(self, targets: Tensor, outputs: tuple[TensorSpec, ...]) -> bool:
+        """Decide whether the parts of one batch give what the batch gives."""
+        parts = [slice(0, 1), slice(1, len(targets))]
+        made_up = made_up_outputs(outputs, len(targets))
+        whole = float(self.loss(made_up, targets, training=True))
+        shares = self.shares(targets, parts, outputs)
+        pieces = [
+            float(self.loss(tuple(tensor[part] for tensor in made_up), targets[part], training=True)) * share
+            for part, share in zip(parts, shares, strict=True)
+            if share
+        ]
+        if not any(shares):
+            return True  # nothing counts in it, which says nothing
+        return abs(sum(pieces) - whole) <= _ROUNDING * max(abs(whole), 1e-12)
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor, *, training: bool) -> Tensor:
         """See `Task.loss`."""
@@ -102,6 +113,9 @@ class OwnTask(Task):
             return [1.0]
         counts: list[float] = []
         for part in parts:
+            if (known := self._mean_over(targets[part])) is not None:
+                counts.append(known)
+                continue
             size = part.stop - part.start
             _, count = self._call(made_up_outputs(outputs, size), targets[part])
             counts.append(size if count is None else float(count))
@@ -117,6 +131,21 @@ class OwnTask(Task):
     def task_scores(self) -> "LossScores":
         """See `Task.task_scores`."""
         return LossScores(self)
+
+    def _mean_over(self, targets: Tensor) -> float | None:
+        """Return what PyTorch's own cross entropy takes its mean over: what counts in targets, by its weight; None of other losses."""
+        loss = self._function
+        if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or type(loss).forward not in _FORWARDS:
+            return None
+        wanted = self.targets.unpack(targets)
+        if loss.reduction != "mean" or not isinstance(wanted, Tensor) or wanted.is_floating_point():
+            return None
+        counted = wanted.long()
+        counted = counted[counted != loss.ignore_index].cpu()
+        if loss.weight is None:
+            return float(counted.numel())
+        weights = loss.weight.detach().to("cpu", torch.float64)
+        return float(weights[counted.clamp(0, len(weights) - 1)].sum())  # beyond them the loss itself raises
 
     def _call(self, outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor | float | None]:
         """Return the loss, and the count that it is a sum over; None where it is a mean over samples."""
@@ -150,7 +179,8 @@ class LossScores(Scores):
     def add(self, outputs: tuple[Tensor, ...], targets: Tensor) -> None:
         """See `Scores.add`."""
         value, count = self._task._call(outputs, targets.to(outputs[0].device))
-        weight = len(targets) if count is None else float(count)
+        known = self._task._mean_over(targets)
+        weight = (len(targets) if known is None else known) if count is None else float(count)
         self._add_loss(float(value) if count is None else float(value) / max(weight, 1e-30), weight)
 
     def merge(self, other: "LossScores") -> None:

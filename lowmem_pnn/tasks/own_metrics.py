@@ -64,6 +64,11 @@ class GivenMetrics:
         part.add(made_up, targets)
         whole.merge(part)
 
+    @property
+    def are_labels(self) -> bool:
+        """Whether targets are 0 and 1 for each of several labels, kept as floats."""
+        return self._targets.kind == "labels"
+
     def arguments(self, outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[Any, Any]:
         """Return what a metric is called with.
 
@@ -138,10 +143,10 @@ class MetricValues:
         return objects
 
     def _update(self) -> None:
-        for called_with in self._waiting:
+        for outputs, targets in self._waiting:
             for name, metric in self._objects.items():
                 with _naming(name):
-                    metric.update(*called_with)
+                    metric.update(outputs, targets.long() if self._given.are_labels and _classifies(metric) else targets)
         self._waiting.clear()
 
     def _add_sums(self, name: str, total: float, number: float) -> None:
@@ -214,6 +219,13 @@ def _naming(name: str, outputs: tuple[Tensor, ...] = ()) -> Iterator[None]:
 def is_torchmetric(metric: Any) -> bool:
     """Decide whether a metric is an object that collects what it measures, as those of torchmetrics are."""
     return hasattr(metric, "update") and hasattr(metric, "compute")
+
+
+def _classifies(metric: Any) -> bool:
+    """Decide whether a metric is of those of torchmetrics that take 0 and 1 as integers alone, or may have such among others."""
+    return any(
+        kind.__module__.startswith(("torchmetrics.classification", "torchmetrics.collections")) for kind in type(metric).__mro__
+    )
 
 
 def _has_lists(metric: Any) -> bool:

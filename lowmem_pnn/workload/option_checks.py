@@ -2,7 +2,9 @@
 
 import math
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.fit_config import FitConfig
@@ -11,8 +13,10 @@ from lowmem_pnn.methods import SplitName
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
+from lowmem_pnn.samples.epochs import all_samples
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
+from lowmem_pnn.sources.subsets import labels_of
 from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.tasks.scores import DIRECTIONS
 from lowmem_pnn.tasks.task import Task
@@ -22,6 +26,10 @@ from lowmem_pnn.workload.workload import Workload
 # have more bytes than this: no budget is enforced yet.
 _EXAMINED = 4
 _EXAMINED_BYTES = 64 * 2**20
+# Samples all over the data whose targets a loss is tried on too where they differ, so many times as many as at first.
+_LOOKED_AT = 64
+_LOOKED_AT_BYTES = 16 * 2**20
+_GROUPS = 8
 # Of the float32 numbers that outputs are made up as.
 _ELEMENT_BYTES = 4
 
@@ -64,11 +72,30 @@ def try_own(task: Task, train: Split, outputs: tuple[TensorSpec, ...]) -> None:
     fit = _EXAMINED_BYTES // max(1, sample_bytes)
     targets = train.batch(range(min(max(2, fit), _EXAMINED, len(train))))[1]
     if isinstance(task, OwnTask):
-        task.examine(targets, outputs)
+        task.examine([targets, *_varied(task, train, len(targets), fit)], outputs)
     if task.metrics is not None:
         task.metrics.check_names(task.task_score_names(outputs))
         if len(targets) <= fit:  # what a loss has to be asked, metrics may say as they are used
             task.metrics.examine(targets, outputs)
+
+
+def _varied(task: Task, train: Split, size: int, fit: int) -> list[Tensor]:
+    """Return targets of further samples, from all over the data and as different as they are there, a few at a time.
+
+    Args:
+        task: Task of the run.
+        train: Training samples.
+        size: Samples at a time.
+        fit: Samples whose outputs have no more bytes than are made up at once.
+    """
+    count = all_samples(train)
+    looked_at = min(count, _LOOKED_AT, max(size, _LOOKED_AT_BYTES // max(1, task.targets.sample_bytes)))
+    kept = labels_of(train, np.unique(np.linspace(0, count - 1, looked_at).astype(np.int64)))
+    # Rare ones among them would be lost between equal ones.
+    different = {target.numpy().tobytes(): target for target in kept.contiguous()}
+    chosen = [*different.values()][: max(size, min(_GROUPS * size, fit))]
+    groups = [torch.stack(chosen[begin : begin + size]) for begin in range(0, len(chosen), size)]
+    return [group for group in groups if len(group) > 1]
 
 
 def check_effects(config: FitConfig, model: nn.Module, spec: str) -> None:

@@ -246,11 +246,6 @@ def prepare(
         raise ConfigError(
             f"--augment {config.augment} is for classes of whole images: torchvision's policies move no masks; give --augment basic"
         )
-    if is_mask and config.augment != "none" and targets.dtype == torch.uint8 and not 0 <= targets.outside < 256:
-        raise ConfigError(
-            f"--augment {config.augment} marks what comes from outside of an image with --ignore-index {targets.outside}, which masks of bytes "
-            "cannot hold; give one from 0 to 255"
-        )
     normalization = (
         standardization(splits["train"], TableSchema.from_dict(dataset.preparation).numbers)
         if _is_table(dataset) and normalize == "auto"

@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowmem_pnn.adapters.lora import target_names
-from lowmem_pnn.adapters.prepared_model import frozen_head_notes, prepared
+from lowmem_pnn.adapters.prepared_model import frozen_head_notes, output_layer_notes, prepared
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.adapter_options import LoraOptions
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import TensorSpec
 
 
 def config(**options: Any) -> Any:
@@ -94,7 +96,7 @@ def test_all_linear_leaves_out_the_outputs_and_what_is_read_without_being_run() 
         ({"lora": "targets=xyz"}, "--lora targets 'xyz' matches no module of the model; there are: query_proj, head"),
         (
             {"lora": "targets=words"},
-            "--lora targets 'words' is module 'words', an Embedding, and adapters are for linear layers; there are: query_proj, head",
+            "--lora targets 'words' is module 'words', of type Embedding, and adapters are for linear layers; there are: query_proj, head",
         ),
         (
             {"lora": "targets=out_proj"},
@@ -166,6 +168,15 @@ def test_the_users_model_stays_as_it_is() -> None:
     assert kept["query_proj.lora_B"] == ("float32", True)
 
 
+def test_what_learns_whole_learns_though_the_models_code_froze_it() -> None:
+    model = Attending().requires_grad_(False)
+    ours = prepared(model, config(lora="r=2", modules_to_save="head"))
+    assert not any(one.requires_grad for one in model.parameters())
+    learns = {name for name, one in ours.named_parameters() if one.requires_grad}
+    assert learns == {"head.weight", "head.bias", "query_proj.lora_A", "query_proj.lora_B"}
+    assert ours.head.weight.data_ptr() == model.head.weight.data_ptr()
+
+
 def test_transformer_layers_of_pytorch_run_their_adapters_in_eval_mode_too() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     ours = prepared(nn.Sequential(layer, nn.Linear(8, 2)), config(lora="targets=linear1")).eval()
@@ -193,3 +204,20 @@ def test_a_head_in_which_nothing_learns_is_said(task: str | None, learning: tupl
     notes = frozen_head_notes(chain, task)
     assert bool(notes) == (heads is not None)
     assert all(f"head for classes ({heads}) has no adapter" in note and "--modules-to-save" in note for note in notes)
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_another_layer_than_that_of_the_outputs_is_said_to_be_left_out(head_first: bool) -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("head", "body") if head_first else ("body", "head"):
+                self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.body(x)).flatten(1)
+            return out
+
+    chain = capture(prepared(Ordered(), config(lora="r=2")), TensorSpec((4,), torch.float32))
+    notes = output_layer_notes(chain, LoraOptions(r=2))
+    assert [note.partition(":")[0] for note in notes] == ["'head', which makes the outputs, has an adapter"] * head_first

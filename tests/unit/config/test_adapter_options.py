@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lowmem_pnn.config.adapter_options import LoraOptions
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
@@ -20,6 +21,9 @@ def test_defaults_are_pefts_and_those_of_fine_tuning() -> None:
     assert config(lora="r=8", precision="bf16").frozen_form == "bf16"
     assert config(lora="r=8", precision="bf16", frozen_dtype="fp32").frozen_form == "fp32"
     assert config(lora="r=8", lr=1, method="backprop").lr == (1.0,)
+    for targets in ({"q_proj", "a", "v_proj"}, frozenset({"v_proj", "q_proj", "a"}), ["a", "q_proj", "v_proj"]):
+        assert str(config(lora={"targets": targets}).lora) == "r=8,alpha=8,targets=a+q_proj+v_proj"
+    assert config(lora={"targets": None}).lora == config(lora={}).lora
     assert config(lora={"r": 2, "targets": ["a", "b"], "dropout": 0.5}).lora == config(lora="r=2,targets=a+b,dropout=0.5").lora
     assert FitConfig.from_json(found.to_json()) == found
     assert config().frozen_form == "fp32"
@@ -45,6 +49,14 @@ def test_what_is_no_adapter_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(lora=text)
     assert str(caught.value) == f"--lora {text!r}: {message}"
+
+
+def test_options_of_adapters_that_are_given_ready_are_looked_at_too() -> None:
+    assert config(lora=LoraOptions(r=2, targets=("a",))).lora == config(lora="r=2,targets=a").lora
+    with pytest.raises(ConfigError, match="dropout is 2, and must be at least 0 and below 1"):
+        config(lora=LoraOptions(dropout=2.0))
+    with pytest.raises(ConfigError, match="targets is 3; write names with"):
+        config(lora={"targets": 3})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from lowmem_pnn.config.configure import configure
@@ -60,3 +61,9 @@ def test_any_value_in_a_configuration_is_taken_or_refused_in_one_line(value: obj
             refused.append(str(error))
     assert len(refused) > len(whole) // 4
     assert not [text for text in refused if "\n" in text]
+
+
+def test_class_weights_may_be_an_array() -> None:
+    for weights in (np.array([0.5, 2.0]), [0.5, 2], "0.5,2"):
+        found = make(class_weights=weights)
+        assert found.class_weights == (0.5, 2.0)

@@ -100,24 +100,22 @@ def test_masks_are_cropped_and_flipped_with_their_images(tmp_path: Path) -> None
         assert torch.equal((x[:, 0] * 255).round().to(torch.uint8)[inside] // 64, y[inside])
         assert 0 < int((~inside).sum()) < y.numel() // 2
     assert not torch.equal(splits["train"].batch([0], ("epoch", 0))[1], splits["train"].batch([0], ("epoch", 1))[1])
-    for augment, ignored, message in (
-        (
-            "trivial",
-            None,
-            r"--augment trivial is for classes of whole images: torchvision's policies move no masks; give --augment basic$",
-        ),
-        (
-            "basic",
-            300,
-            r"--augment basic marks what comes from outside of an image with --ignore-index 300, which masks of bytes",
-        ),
+    given = np.zeros((2, 3, 8, 8), np.uint8), np.full((2, 8, 8), 200, np.uint8)
+    data = save(tmp_path / "a.npz", x_train=given[0], y_train=given[1])
+
+    def brought(augment: str, ignored: int | None) -> Any:
+        options = {"augment": augment, "ignore_index": ignored, "val_fraction": 0}
+        return python_inputs(torch.nn.Flatten(), data, None, None)(
+            configure(max_gpu_mem="1GB", model="python:a", data=data, **options)
+        )
+
+    for ignored in (300, -100):  # which bytes do not hold
+        y = brought("basic", ignored)[2]["train"].batch([0, 1], ("epoch", 0))[1]
+        assert set(y.unique().tolist()) == {ignored, 200}
+    with pytest.raises(
+        ConfigError, match=r"--augment trivial is for classes of whole images: .* move no masks; give --augment basic$"
     ):
-        x, y = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8)
-        data = save(tmp_path / "a.npz", x_train=x, y_train=y)
-        with pytest.raises(ConfigError, match=message):
-            python_inputs(torch.nn.Flatten(), data, None, None)(
-                configure(max_gpu_mem="1GB", model="python:a", data=data, augment=augment, ignore_index=ignored, val_fraction=0)
-            )
+        brought("trivial", None)
 
 
 def test_parts_are_found(tmp_path: Path) -> None:

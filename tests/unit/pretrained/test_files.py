@@ -34,7 +34,11 @@ def state() -> dict[str, Tensor]:
 def write_shards(folder: Path) -> Path:
     names = list(state())
     save_file({name: state()[name].clone() for name in names[:2]}, folder / "model-00001-of-00002.safetensors")
-    save_file({name: state()[name].clone() for name in names[2:]}, folder / "model-00002-of-00002.safetensors")
+    # What the index does not name of a shard is not read.
+    save_file(
+        {**{name: state()[name].clone() for name in names[2:]}, names[0]: torch.full((3, 4), -1.0)},
+        folder / "model-00002-of-00002.safetensors",
+    )
     index = folder / "model.safetensors.index.json"
     weight_map = {name: f"model-0000{1 + number // 2}-of-00002.safetensors" for number, name in enumerate(names)}
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -184,7 +188,14 @@ def test_what_is_given_from_python_is_read_as_it_is(tmp_path: Path) -> None:
     assert list(given.layouts()) == list(state())
     with pytest.raises(ConfigError, match="the state_dict that was given holds a dict without tensors"):
         GivenTensors({})
-    assert list(tensors_of({"model": {"a": torch.zeros(1)}}, "x")) == ["a"]
+    for key in ("model", "ema", "module", "params_ema"):
+        assert list(tensors_of({key: {"a": torch.zeros(1)}}, "x")) == ["a"]
+    below = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    assert list(tensors_of({"model": {"state_dict": below, "hparams": {"lr": 0.1}}}, "x")) == ["a", "b"]
+    assert list(tensors_of({"epoch": torch.tensor(3), "net": below, "optimizer": {"state": {0: below}}}, "x")) == ["a", "b"]
+    assert list(tensors_of({"a": torch.zeros(1), "a._extra_state": below}, "x")) == ["a"]
+    with pytest.raises(ConfigError, match="x holds tensors under 'net', 'ema'; give one of them"):
+        tensors_of({"net": below, "ema": below}, "x")
 
 
 def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:

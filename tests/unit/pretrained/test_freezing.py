@@ -120,3 +120,14 @@ def test_options_that_contradict_each_other() -> None:
     for bad in ("", "a,,b"):
         with pytest.raises(ConfigError, match=r"^--freeze '.*': there is nothing between two commas, or nothing at all"):
             config(freeze=bad)
+
+
+def test_what_is_to_learn_and_was_frozen_by_the_models_code_is_refused() -> None:
+    model = Net()
+    model.features.requires_grad_(False)
+    with pytest.raises(
+        ConfigError,
+        match=r"^--train-only 'features.\*' matches only .* that the model's code froze, such as 'features.0.weight'; ",
+    ):
+        with_frozen(model, config(train_only="features.*,classifier.*"))
+    assert learning(with_frozen(model, config(train_only="*.bias"))) == {"classifier.bias", "again.bias"}

@@ -54,11 +54,19 @@ def test_a_head_that_is_not_there_is_new_and_another_is_left_out() -> None:
     assert found.left_out == ["classifier.weight", "classifier.bias"]
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone."])
 def test_a_prefix_of_a_wrapper_is_left_off(prefix: str) -> None:
     found = matched({prefix + name: value for name, value in Net().state_dict().items()})
     assert found.prefix == prefix
     assert dict(found.names) == {name: prefix + name for name in Net().state_dict()}
+
+
+def test_other_names_may_be_beside_those_with_a_prefix() -> None:
+    state = {f"module.{name}": value for name, value in Net().state_dict().items()}
+    found = matched({"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(3), **state})
+    assert (found.prefix, found.left_out) == ("module.", ["n_averaged", "criterion.weight"])
+    found = matched({**state, "head.bias": torch.zeros(3)})
+    assert found.names["head.bias"] == "module.head.bias"
 
 
 def test_values_come_in_the_models_type(tmp_path: Path) -> None:
@@ -76,20 +84,51 @@ def test_a_file_of_old_has_no_counts_of_batches() -> None:
     assert len(matched(state).names) == len(state)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
 def test_a_tied_weight_may_have_any_of_its_names() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.b.weight = self.a.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.b(self.a(x))
-            return out
-
     state = Tied().state_dict()
     del state["a.weight"]
     assert dict(matched(state, Tied()).names) == {"a.weight": "b.weight", "a.bias": "a.bias", "b.bias": "b.bias"}
+
+
+def test_a_tied_weight_that_differs_in_the_file_is_refused(tmp_path: Path) -> None:
+    state = Tied().state_dict()
+    same = {**state, "b.weight": state["b.weight"].clone().double()}
+    for given, text in (
+        (same, None),
+        ({**state, "b.weight": state["b.weight"] + 1}, "'a.weight' and 'b.weight' differ in the file"),
+    ):
+        with matched(given, Tied()).reading(tmp_path) as read:
+            if text is None:
+                assert torch.equal(next(read("a.weight", (torch.float32, (4, 4))))[1], state["a.weight"].flatten())
+                continue
+            with pytest.raises(ConfigError, match=text):
+                list(read("a.weight", (torch.float32, (4, 4))))
+    with pytest.raises(ConfigError, match=r"b\.weight is one tensor with a\.weight in the model, and .*\(2, 4\)"):
+        matched({**state, "b.weight": torch.zeros(2, 4)}, Tied())
+
+
+@pytest.mark.parametrize("scale", ["_scale", "_scale_inv", None])
+def test_weights_of_eight_bits_are_not_taken_without_their_scale(scale: str | None) -> None:
+    state = Net().state_dict()
+    state["body.0.weight"] = state["body.0.weight"].to(torch.float8_e4m3fn)
+    if scale is None:
+        assert matched(state).cast == 1
+        return
+    with pytest.raises(
+        ConfigError, match=rf"'body.0.weight' is float8_e4m3fn, and its scale 'body.0.weight{scale}' would be left out"
+    ):
+        matched({**state, f"body.0.weight{scale}": torch.ones(())})
 
 
 def test_a_tied_weight_may_be_in_the_file_as_that_of_a_module_that_is_never_called() -> None:

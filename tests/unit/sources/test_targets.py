@@ -13,6 +13,7 @@ from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
+from lowmem_pnn.tasks.classification import Classification
 
 IMAGE = (3, 4, 5)
 
@@ -176,6 +177,16 @@ def test_a_mask_that_was_not_looked_at_keeps_its_values(
     split = from_torch(samples, options=TargetOptions(ignored=-1))
     assert (split.targets.dtype, split.num_classes) == (dtype, classes)
     assert torch.equal(split.batch([0, 1])[1].long(), masks[:2])
+
+
+def test_masks_of_bytes_have_all_their_classes_where_a_negative_number_is_left_out() -> None:
+    masks = torch.tensor([156, 255, 0, 1], dtype=torch.uint8)[:, None, None].expand(4, 4, 5)
+    for ignored in (-100, -1):
+        split = from_torch((torch.rand(4, *IMAGE), masks), options=TargetOptions(ignored=ignored))
+        assert (split.targets.num_classes, split.targets.dtype) == (256, torch.int64)
+        kept = split.batch([0, 1, 2, 3])[1]
+        assert torch.equal(kept, masks.long())
+        assert Classification(split.targets).count(kept) == masks.numel()
 
 
 def test_masks_of_two_types_that_bytes_do_not_hold_are_refused() -> None:

@@ -80,6 +80,19 @@ def test_masks_are_class_numbers_for_metrics() -> None:
     assert set(seen) == {torch.int64}
 
 
+def test_labels_are_integers_for_torchmetrics_alone() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    seen: list[torch.dtype] = []
+
+    class Precision(torchmetrics.classification.MultilabelAveragePrecision):  # type: ignore[misc, name-defined]
+        def update(self, outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> None:
+            super().update(outputs["scores"], targets)
+
+    labels = Targets("labels", 4, (4,), torch.float32)
+    tried(labels, {"own": lambda out, y: (seen.append(y.dtype) or 1.0, 1), "precision": Precision(4)})
+    assert set(seen) == {torch.float32}
+
+
 @pytest.mark.parametrize(("metrics", "message"), [
     ({"accuracy": lambda out, y: (0.0, 1)}, "metrics: 'accuracy' is a score that is reported anyway; call your metric otherwise"),
     ({"own": lambda out, y: out["scores"].mean()}, r"metric 'own' failed on outputs \(4, 4\): TypeError: .*; give a function of outputs and"),

@@ -37,6 +37,17 @@ def test_scores_of_labels() -> None:
     assert found["average_precision"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_labels_that_are_rare_have_an_average_precision_too() -> None:
+    for low, high, spread in ((-12.0, -8.0, 0.8), (0.0, 0.02, 0.004)):
+        y = torch.zeros(90, 1)
+        y[::30] = 1
+        outputs = torch.where(y > 0, high, low) + spread * torch.randn(90, 1, generator=torch.Generator().manual_seed(0))
+        found = scores_of(MultiLabel(Targets("labels", 1, (1,), torch.float32)), outputs, y)
+        expected = metrics.average_precision_score(y.numpy(), outputs.numpy())
+        assert expected > 0.9
+        assert found["average_precision"] == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.parametrize("values", [1, 3])
 def test_scores_of_values(values: int) -> None:
     right = 1000 + torch.randn(90, values, generator=RANDOM)
