@@ -64,7 +64,9 @@ def test_a_crashed_worker_is_resumed_by_the_same_command(script: Callable[..., S
 
 def test_a_worker_that_gets_no_further_is_given_up(script: Callable[..., Script]) -> None:
     played = script(*[(-signal.SIGSEGV, 7, [])] * 9)
-    with pytest.raises(BudgetError, match=r"the worker died of SIGSEGV 6 times after the same commit of .*; give a larger"):
+    with pytest.raises(
+        BudgetError, match=r"the worker died of SIGSEGV 6 times after the same commit of .*; begin a new run with a larger"
+    ):
         supervise(_ARGUMENTS, played.path)
     assert len(played.commands) == 1 + supervisor.MAX_RESTARTS
 
