@@ -128,8 +128,15 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     # What a forward does by values, or by what it counts, may reach other parameters in training, or go past some.
     deciding = asking | {module for module, _ in kept}
     by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in deciding))
-    reached = frozenset[str]().union(*(run.reached for run in runs))
-    idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached and name not in by_values)
+    reached = frozenset[str]().union(*(run.reached for run in looked_at))
+    # What a model as a whole counts by whole numbers was looked at after many calls.
+    values = attributes_of(model)
+    unclear = asking | {module for module, attribute in kept if module or type(values.get((module, attribute))) is not int}
+    idle = tuple(
+        name
+        for name, tensor in names.items()
+        if tensor.requires_grad and name not in reached and not any(not module or is_below(name, module) for module in unclear)
+    )
     if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
         raise CaptureError(
             f"no parameter of {type(model).__name__} gets a gradient: its output depends on none that learns; see to its forward"

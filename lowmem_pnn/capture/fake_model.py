@@ -104,6 +104,8 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     """
     result = ModelRun(setting, [])
     title = type(model).__name__
+    # Tensors that no file holds, before the forward and after it.
+    beside: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def forward(fakes: Fakes, log: OperationLog) -> None:
         root, samples = fakes.root, fakes.samples
@@ -115,7 +117,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             Switches(root),
         )
         own, persistent = _tensors_of(root), set(root.state_dict(keep_vars=True))
-        learns = {name: tensor.requires_grad for name, tensor in own.items()}
+        learns = {name: tensor.requires_grad for name, tensor in own.items() if isinstance(tensor, nn.Parameter)}
         versions = {name: version_of(tensor) for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
         try:
@@ -150,10 +152,9 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
                 "it once, in the constructor"
             )
         after = _tensors_of(root)
-        # A mask that a forward makes anew for longer samples is nothing that files have a place for.
-        lasting = (
-            persistent | set(root.state_dict(keep_vars=True)) | {name for name, tensor in after.items() if log.depends(tensor)}
-        )
+        lasting = persistent | set(root.state_dict(keep_vars=True))
+        beside[0].update((name, one) for name, one in own.items() if name not in lasting)
+        beside[1].update((name, one) for name, one in after.items() if name not in lasting)
         check_tensors_stay(title, *({name: one for name, one in tensors.items() if name in lasting} for tensors in (own, after)))
         if setting.training:
             check_learning_stays(title, learns, after)
@@ -205,7 +206,25 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         log.entries = entries
 
     result.operations = setting.log(model, forward)
+    _check_what_no_file_holds(model, setting, *beside)
     return result
+
+
+def _check_what_no_file_holds(model: nn.Module, setting: Setting, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Refuse buffers that are in no file, and that a forward registers or gives another shape, where they depend on samples or weights.
+
+    Others, as masks and tables for positions that are made anew for longer samples, are computed again wherever they are asked for.
+    """
+    forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} for tensors in (before, after)]
+    if forms[0] == forms[1]:
+        return
+    fakes = setting.fakes(model)
+    with fakes.context(), OperationLog([*fakes.samples, *fakes.root.parameters()]) as log:
+        setting.form.call(fakes.root, fakes.samples)
+        depending = {name for name, tensor in _tensors_of(fakes.root).items() if log.depends(tensor)}
+    check_tensors_stay(
+        type(model).__name__, *({name: one for name, one in tensors.items() if name in depending} for tensors in (before, after))
+    )
 
 
 def _asking(fakes: "Fakes", log: OperationLog) -> set[str]:

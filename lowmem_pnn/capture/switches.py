@@ -4,7 +4,7 @@
     score = self.critic(image)                                             through the critic, not into it
     for weight in self.critic.parameters(): weight.requires_grad_(True)
 
-Such a module runs its own code in training. One that leaves them otherwise than they were is refused (`check_tensors_stay`).
+Such a module runs its own code in training. One that leaves them otherwise than they were is refused (`check_learning_stays`).
 """
 
 from collections.abc import Iterator, Sequence

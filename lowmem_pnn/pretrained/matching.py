@@ -89,7 +89,8 @@ class PretrainedWeights:
         """Refuse a tied tensor whose names have several values in the files: only one of them would be trained from."""
         values = read(own, elements=elements).to(dtype)
         for other in self.also[own]:
-            if not torch.equal(values, read(other, elements=elements).to(dtype)):
+            others = read(other, elements=elements).to(dtype)
+            if not bool(((values == others) | (values.isnan() & others.isnan())).all()):
                 raise ConfigError(
                     f"--weights {self.values.where}: {own!r} and {other!r} differ in the file, and are one tensor in the model; leave one out "
                     "of the file, or give a model that does not tie them (of transformers: tie_word_embeddings=False)"

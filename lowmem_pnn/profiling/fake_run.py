@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.capture.unknown_values import UnknownValues
@@ -219,7 +219,9 @@ class FakeRun:
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             samples = " and ".join(map(str, self.before))
-            if isinstance(error, FakeTensorDeviceMismatchError) and "meta" in reason:
+            # An error of a class of its own, or in older versions a RuntimeError.
+            mismatch = type(error).__name__ == "FakeTensorDeviceMismatchError" or "two different devices" in reason
+            if mismatch and "meta" in reason:
                 raise ConfigError(
                     f"the backward of layer {self._layer.name!r} reads weights by itself, as a hook or an autograd.Function that holds on to "
                     "modules does: they are others by then; compute what it needs in the forward, and save that for it"

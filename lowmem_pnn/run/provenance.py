@@ -10,7 +10,7 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodT
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem_pnn import __version__
 from lowmem_pnn.capture.dispatch_modes import without_addresses
@@ -23,6 +23,9 @@ from lowmem_pnn.workload import Workload
 _ROUNDING = {"torch": "torch", "cpu": "kernels for", "threads": "threads:", "gpu": "a"}
 
 _MOST_ITEMS = 100  # of a collection that a loss holds
+_SETTINGS = (bool, int, float, str, type(None), tuple, Tensor, nn.Module, FunctionType, partial)  # of an object that is called
+_HASHES = f"{__version__}/2"
+"""Version of what the hashes are of; those of another one are not compared."""
 
 
 def provenance(workload: Workload, device: Device) -> dict[str, str]:
@@ -34,14 +37,14 @@ def provenance(workload: Workload, device: Device) -> dict[str, str]:
 
     Returns:
         `model` and `loss`: hashes of what the model's layers do, and of the code of a loss of the user's own ("" for others);
-        `device`: its kind; `lowmem_pnn`, `torch`, `python`: versions; and on the CPU `cpu`: the instructions that its kernels use, and
-        `threads`: number of threads; on a GPU `gpu`: its name.
+        `hashes`: version of what these are of; `device`: its kind; `torch`, `python`: versions; and on the CPU `cpu`: the instructions
+        that its kernels use, and `threads`: number of threads; on a GPU `gpu`: its name.
     """
     return {
         "model": _model_hash(workload),
         "loss": _code_hash(workload.task.function) if isinstance(workload.task, OwnTask) else "",
         "device": device.kind,
-        "lowmem_pnn": __version__,
+        "hashes": _HASHES,
         "torch": torch.__version__,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         **_hardware(device),
@@ -66,7 +69,8 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
     Raises:
         CheckpointError: model, loss or kind of device is another one.
     """
-    differing = {name for name in began if began[name] != now.get(name)}
+    not_comparable = set() if began.get("hashes") == now["hashes"] else {"model", "loss", "hashes"}
+    differing = {name for name in began.keys() & now.keys() - not_comparable if began[name] != now[name]}
     if "device" in differing:
         raise CheckpointError(
             f"the run in {path} began on {_device(began['device'])}, for which it was planned, and this is {_device(now['device'])}; "
@@ -74,8 +78,8 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
         )
     if "loss" in differing and not differing & {"python", "torch"}:
         raise CheckpointError(f"the loss is not the code that the run in {path} began with; bring it back, or begin a new run")
-    changes = [f"{text} {now.get(name)} (before: {began[name]})" for name, text in _ROUNDING.items() if name in differing]
-    if "model" in differing and not changes and "lowmem_pnn" not in differing:
+    changes = [f"{text} {now[name]} (before: {began[name]})" for name, text in _ROUNDING.items() if name in differing]
+    if "model" in differing and not changes:
         raise CheckpointError(
             f"the model {model} does not compute what it did when the run in {path} began: its code, or a package that it is from, was "
             "changed; bring it back, or begin a new run"
@@ -129,7 +133,11 @@ def _code_of(value: Any, seen: set[int]) -> Any:
     if isinstance(value, partial):
         return _code_of([value.func, value.args, value.keywords], seen)
     if isinstance(value, MethodType):
-        return _code_of([value.__func__, getattr(value.__self__, "__dict__", {})], seen)
+        return _code_of(value.__func__, seen)  # what its object holds may change while it trains
+    if isinstance(value, nn.Parameter):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(repr(value.detach().cpu().tolist()).encode()).hexdigest()
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
         code = value.__code__
@@ -138,5 +146,9 @@ def _code_of(value: Any, seen: set[int]) -> Any:
         return _code_of([code, value.__defaults__, value.__kwdefaults__, held], seen)
     if callable(value) and not isinstance(value, type | BuiltinFunctionType | MethodWrapperType | WrapperDescriptorType):
         call = getattr(type(value), "forward", None) if isinstance(value, nn.Module) else type(value).__call__
-        return _code_of([type(value).__qualname__, call, getattr(value, "__dict__", {})], seen)
+        held = [*vars(value).items()] if hasattr(value, "__dict__") else []
+        if isinstance(value, nn.Module):
+            held += [*value.named_buffers(recurse=False), *value.named_children()]
+        settings = {name: one for name, one in held if isinstance(one, _SETTINGS) and not name.startswith("_")}
+        return _code_of([type(value).__qualname__, call, settings], seen)
     return without_addresses(repr(value))

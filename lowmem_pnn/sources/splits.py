@@ -297,7 +297,7 @@ def of_all(targets: Targets, kept: Iterable[Tensor]) -> Targets:
         targets: The form.
         kept: All targets that are class numbers, one by one, as they are kept.
     """
-    count, is_small = 1, targets.kind == "mask"
+    count, is_small = 1, targets.kind == "mask" and 0 <= targets.outside < 256
     for one in kept:
         count = max(count, targets.count(one))
         is_small = is_small and fits_bytes(one)

@@ -90,7 +90,9 @@ def _varied(task: Task, train: Split, size: int, fit: int) -> list[Tensor]:
     """
     count = all_samples(train)
     looked_at = min(count, _LOOKED_AT, max(size, _LOOKED_AT_BYTES // max(1, task.targets.sample_bytes)))
-    kept = labels_of(train, np.unique(np.linspace(0, count - 1, looked_at).astype(np.int64)))
+    numbers = np.unique(np.linspace(0, count - 1, looked_at).astype(np.int64))
+    # Some at a time: a data set may have to read its samples for their targets.
+    kept = torch.cat([labels_of(train, numbers[begin : begin + size]) for begin in range(0, len(numbers), size)])
     # Rare ones among them would be lost between equal ones.
     different = {target.numpy().tobytes(): target for target in kept.contiguous()}
     chosen = [*different.values()][: max(size, min(_GROUPS * size, fit))]

@@ -131,7 +131,8 @@ def test_kill_9_of_the_supervisor_takes_the_worker_with_it(folder: Path, whole: 
     command.process.communicate()
     # At once, while the worker is dying.
     assert resumed(folder, monkeypatch) == (1, 0, whole)
-    assert not worker.is_running()
+    # Whoever has inherited it may not have asked yet how it ended.
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_crash_is_gone_on_from_with_half_the_micro_batch(folder: Path) -> None:

@@ -166,15 +166,18 @@ def test_masks_of_two_parts_are_kept_in_one_type() -> None:
 
 
 @pytest.mark.parametrize("is_structured", [False, True])
-@pytest.mark.parametrize(("number", "dtype", "classes"), [(300, torch.int64, 301), (-1, torch.int64, 2), (7, torch.uint8, 8)])
+@pytest.mark.parametrize(
+    ("number", "ignored", "dtype", "classes"),
+    [(300, 255, torch.int64, 301), (-1, -1, torch.int64, 2), (7, 255, torch.uint8, 8), (7, -1, torch.int64, 8)],
+)
 def test_a_mask_that_was_not_looked_at_keeps_its_values(
-    number: int, dtype: torch.dtype, classes: int, is_structured: bool
+    number: int, ignored: int, dtype: torch.dtype, classes: int, is_structured: bool
 ) -> None:
     masks = torch.ones(40, 4, 5, dtype=torch.int64)
     masks[1, 0, 0] = number
     x = torch.rand(40, *IMAGE)
     samples = [({"a": image, "b": image} if is_structured else image, mask) for image, mask in zip(x, masks, strict=True)]
-    split = from_torch(samples, options=TargetOptions(ignored=-1))
+    split = from_torch(samples, options=TargetOptions(ignored=ignored))
     assert (split.targets.dtype, split.num_classes) == (dtype, classes)
     assert torch.equal(split.batch([0, 1])[1].long(), masks[:2])
 
