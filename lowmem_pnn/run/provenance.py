@@ -37,12 +37,13 @@ def provenance(workload: Workload, device: Device) -> dict[str, str]:
 
     Returns:
         `model` and `loss`: hashes of what the model's layers do, and of the code of a loss of the user's own ("" for others);
-        `hashes`: version of what these are of; `device`: its kind; `torch`, `python`: versions; and on the CPU `cpu`: the instructions
-        that its kernels use, and `threads`: number of threads; on a GPU `gpu`: its name.
+        `hooks`: hash of the code of hooks on parameters; `hashes`: version of what these are of; `device`: its kind; `torch`, `python`:
+        versions; and on the CPU `cpu`: the instructions that its kernels use, and `threads`: number of threads; on a GPU `gpu`: its name.
     """
     return {
         "model": _model_hash(workload),
         "loss": _code_hash(workload.task.function) if isinstance(workload.task, OwnTask) else "",
+        "hooks": _hooks_hash(workload),
         "device": device.kind,
         "hashes": _HASHES,
         "torch": torch.__version__,
@@ -69,7 +70,7 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
     Raises:
         CheckpointError: model, loss or kind of device is another one.
     """
-    not_comparable = set() if began.get("hashes") == now["hashes"] else {"model", "loss", "hashes"}
+    not_comparable = set() if began.get("hashes") == now["hashes"] else {"model", "loss", "hooks", "hashes"}
     differing = {name for name in began.keys() & now.keys() - not_comparable if began[name] != now[name]}
     if "device" in differing:
         raise CheckpointError(
@@ -78,6 +79,10 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
         )
     if "loss" in differing and not differing & {"python", "torch"}:
         raise CheckpointError(f"the loss is not the code that the run in {path} began with; bring it back, or begin a new run")
+    if "hooks" in differing and not differing & {"python", "torch"}:
+        raise CheckpointError(
+            f"the hooks on parameters are not the code that the run in {path} began with; bring it back, or begin a new run"
+        )
     changes = [f"{text} {now[name]} (before: {began[name]})" for name, text in _ROUNDING.items() if name in differing]
     if "model" in differing and not changes:
         raise CheckpointError(
@@ -107,6 +112,15 @@ def _model_hash(workload: Workload) -> str:
         learn = {name: one.requires_grad for name, one in layer.parameters().items()}
         found.update(repr((layer.name, layer.operations, sorted(learn.items()))).encode())
     return found.hexdigest()[:16]
+
+
+def _hooks_hash(workload: Workload) -> str:
+    found = [
+        (name, [_code_hash(hook) for hook in (*hooks.on_gradient, *hooks.after_accumulation)])
+        for layer in workload.chain.layers
+        for name, hooks in sorted(layer.hooks.items())
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
 
 
 def _code_hash(function: Callable[..., Any]) -> str:

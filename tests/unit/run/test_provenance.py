@@ -16,6 +16,7 @@ from lowmem_pnn.run.provenance import _code_hash, _code_of, check_provenance
 BEGAN = {
     "model": "a",
     "loss": "b",
+    "hooks": "",
     "device": "cpu",
     "hashes": "1",
     "torch": "2",
@@ -98,6 +99,7 @@ def test_what_may_change_last_bits_is_said(changed: dict[str, str], text: str | 
     [
         ({"model": "x"}, "^the model net does not compute what it did when the run in runs/a began: its code, or a package"),
         ({"loss": "x", "threads": "2"}, "^the loss is not the code that the run in runs/a began with"),
+        ({"hooks": "x"}, "^the hooks on parameters are not the code that the run in runs/a began with"),
         ({"device": "cuda"}, "^the run in runs/a began on the CPU, for which it was planned, and this is a GPU; resume it there"),
     ],
 )
